@@ -1,0 +1,1 @@
+"""A network in one process: in-memory streams with injected faults, seeded entropy."""
