@@ -1,0 +1,5 @@
+"""`python -m satellite` is `dcs-satellite`."""
+
+from satellite.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The satellite's database: schema by numbered migrations, reads inline, one committer."""
