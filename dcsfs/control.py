@@ -1,0 +1,129 @@
+"""The daemon's control socket: status, sync, unmount; one JSON line each way.
+
+Sockets lie in one runtime directory per user, named after the daemon's pid, so that
+`dcsfs status` finds every mount.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from network.errors import DcsError, InvalidArgument, Unavailable
+
+LINE_BYTES_MAX = 1 << 20
+Reply = dict[str, Any]
+Command = Callable[[dict[str, Any]], Awaitable[Reply]]
+
+
+def runtime_directory() -> Path:
+    """Where this user's control sockets are; made on demand."""
+    if os.getuid() == 0:
+        path = Path("/run/dcsfs")
+    else:
+        base = os.environ.get("XDG_RUNTIME_DIR")
+        path = Path(base) / "dcsfs" if base else Path(f"/tmp/dcsfs-{os.getuid()}")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+async def serve(
+    path: Path, commands: dict[str, Command], task_status: trio.TaskStatus[None]
+) -> None:
+    """Answer requests until cancelled; the socket is removed at the end."""
+    path.unlink(missing_ok=True)
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    await sock.bind(str(path))
+    path.chmod(0o600)
+    sock.listen(16)
+    task_status.started()
+
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            data = bytearray()
+            while not data.endswith(b"\n"):
+                received = await stream.receive_some()
+                if not received or len(data) > LINE_BYTES_MAX:
+                    return
+                data += received
+            reply: Reply
+            try:
+                request = json.loads(data)
+                reply = await commands[request["command"]](request)
+            except (DcsError, OSError) as error:
+                reply = {"error": str(error)}
+            except (ValueError, KeyError, TypeError) as error:
+                reply = {"error": f"malformed request: {error!r}"}
+            await stream.send_all(json.dumps(reply).encode() + b"\n")
+
+    async def guarded(stream: trio.SocketStream) -> None:
+        try:
+            await answer(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return  # the asker went away
+
+    try:
+        await trio.serve_listeners(guarded, [trio.SocketListener(sock)])
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def ask(endpoint: Path, command: str, timeout_s: float = 30.0, **arguments: object) -> Reply:
+    """Send one request and wait for its answer; raises Unavailable, or the daemon's refusal."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout_s)
+            sock.connect(str(endpoint))
+            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            data = b""
+            while not data.endswith(b"\n"):
+                received = sock.recv(65536)
+                if not received:
+                    raise Unavailable("the mount's process ended before it answered")
+                data += received
+    except OSError as error:
+        raise Unavailable(f"the mount's process does not answer: {error}") from error
+    reply: Reply = json.loads(data)
+    if "error" in reply:
+        raise InvalidArgument(str(reply["error"]))
+    return reply
+
+
+@dataclass(frozen=True, slots=True)
+class FoundMount:
+    """A live mount of this user."""
+
+    socket: Path
+    status: Reply
+
+
+def find_mounts() -> list[FoundMount]:
+    """All mounts of this user that answer; leftovers of dead daemons are removed."""
+    found = []
+    for path in sorted(runtime_directory().glob("*.sock")):
+        try:
+            found.append(FoundMount(path, ask(path, "status", 10.0)))
+        except (Unavailable, InvalidArgument):
+            if not Path(f"/proc/{path.stem}").exists():
+                path.unlink(missing_ok=True)
+    return found
+
+
+def find_mount(mountpoint: Path) -> FoundMount:
+    """The mount at or above a path; raises InvalidArgument."""
+    wanted = Path(os.path.abspath(mountpoint))
+    best: FoundMount | None = None
+    for item in find_mounts():
+        point = Path(item.status["mountpoint"])
+        if (wanted == point or point in wanted.parents) and (
+            best is None or len(point.parts) > len(Path(best.status["mountpoint"]).parts)
+        ):
+            best = item
+    if best is None:
+        raise InvalidArgument(f"{mountpoint} is not on a dcsfs mount of this user")
+    return best

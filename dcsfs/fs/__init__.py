@@ -1,0 +1,1 @@
+"""POSIX semantics over the uplink and the local log; knows nothing of pyfuse3."""

@@ -1,0 +1,686 @@
+"""The file system: POSIX operations on a volume.
+
+Every method that changes something first makes sure that what it needs is in memory (that may
+wait for the satellite), then checks and changes without a checkpoint, so that concurrent
+operations see it done or not begun. Errors are FsError with POSIX's errno.
+"""
+
+import errno
+import os
+from dataclasses import dataclass
+
+import trio
+
+from dcsfs import keys
+from dcsfs.fs import loader
+from dcsfs.fs.errors import FsError
+from dcsfs.fs.journal import DentryState
+from dcsfs.fs.reader import Reader, ReadState
+from dcsfs.fs.state import Dentry, Inode
+from dcsfs.fs.volume import Volume
+from dcsfs.fs.writeback import Writeback
+from dcsfs.fs.xattrs import Xattrs
+from dcsfs.keys import InodeKey, Place, Sealed
+from network import messages as m
+from network.extentmap import EMPTY_MAP_ROOT
+from network.limits import (
+    CACHE_SPACE_DEADLINE_S,
+    FILE_BYTES_MAX,
+    SYMLINK_BYTES_MAX,
+)
+from network.messages import Kind
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+LOOKUPS_BEFORE_LISTING = 2
+"""A directory in use is listed whole: further names, and new ones, then need no satellite."""
+STATFS_BLOCK_BYTES = 4096
+STATFS_FREE_BYTES = 1 << 50
+"""Shown while a project has no quota: 1 PiB, so that installers and copiers go ahead."""
+
+_CLEAN_FIELDS = (
+    "nlink", "mode", "uid", "gid", "atime_ns", "mtime_ns", "ctime_ns", "size",
+    "content_version", "committed_size", "allocated", "seal", "symlink",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request."""
+
+    uid: int
+    gid: int
+    umask: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What setattr should set; None leaves a field as it is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+
+@dataclass(slots=True)
+class Handle:
+    """An open file."""
+
+    inode: Inode
+    read_state: ReadState
+
+
+class FileSystem:
+    """Operations on one volume; `subtree` is the inode that is mounted as the root."""
+
+    def __init__(
+        self,
+        volume: Volume,
+        reader: Reader,
+        writeback: Writeback | None,
+        *,
+        log_bytes_max: int,
+        sync_to_network: bool = False,
+        root: Inode | None = None,
+    ) -> None:
+        self._volume = volume
+        self._reader = reader
+        self._writeback = writeback
+        self._log_bytes_max = log_bytes_max
+        self.sync_to_network = sync_to_network
+        self.root = root or volume.root
+        self._handles: dict[int, Handle] = {}
+        self._next_handle = 1
+        self.xattrs = Xattrs(volume, self._prepare_change)
+        self.is_read_only = volume.is_read_only
+
+    @property
+    def open_handles(self) -> int:
+        """How many files are open."""
+        return len(self._handles)
+
+    def _now(self) -> int:
+        return self._volume.runtime.now_ns()
+
+    def inode(self, number: int) -> Inode:
+        """An inode by number; ESTALE if unknown."""
+        return self._volume.get(number)
+
+    def forget(self, number: int, count: int) -> None:
+        """The kernel drops `count` references; never raises."""
+        inode = self._volume.inodes.get(number)
+        if inode is None:
+            return
+        inode.lookup_count -= count
+        if inode.lookup_count <= 0 and inode.is_reaped and inode.open_count == 0:
+            del self._volume.inodes[number]
+
+    def _directory(self, number: int) -> Inode:
+        inode = self._volume.get(number)
+        if not inode.is_directory:
+            raise FsError(errno.ENOTDIR)
+        if inode.nlink == 0:
+            raise FsError(errno.ENOENT)
+        return inode
+
+    def _require_writable(self) -> None:
+        if self.is_read_only or self._volume.is_read_only:
+            raise FsError(errno.EROFS)
+        failure = self._volume.log.failure
+        if failure is not None:
+            raise FsError(errno.EIO, f"the cache disk failed: {failure.strerror}")
+
+    async def _prepare_change(self, count: int) -> None:
+        """Refuse on a read-only mount, then have room for `count` bytes in the log."""
+        self._require_writable()
+        await self._wait_for_room(count)
+
+    async def _learn(self, parent: Inode, name: bytes) -> None:
+        """Have a name's presence or absence in memory."""
+        keys.check_name(name)
+        if self._volume.is_read_only:
+            parent.children.pop(name, None)  # another mount may have changed it
+        elif name in parent.children or name in parent.absent or parent.is_complete:
+            dentry = parent.children.get(name)
+            if dentry is None or dentry.child in self._volume.inodes:
+                return
+        if not self._volume.is_read_only:
+            parent.lookups_sent += 1
+            if parent.lookups_sent > LOOKUPS_BEFORE_LISTING:
+                await self._complete(parent)
+                return
+        found = await loader.lookup(self._volume.client, parent, name)
+        if not self._volume.is_read_only and (name in parent.absent):
+            return  # removed here meanwhile
+        if found is None:
+            if name not in parent.children:
+                parent.absent.add(name)
+            return
+        dentry, inode = found
+        if self._volume.is_read_only:
+            self._refresh_clean(inode)
+        self._volume.adopt(inode)
+        parent.children.setdefault(name, dentry)
+        parent.absent.discard(name)
+
+    def _refresh_clean(self, fresh: Inode) -> None:
+        """On a read-only mount the satellite's record replaces what is in memory."""
+        known = self._volume.inodes.get(fresh.number)
+        if known is None:
+            return
+        if known.content_version != fresh.content_version:
+            known.rows, known.placements = fresh.rows, {}
+        for name in _CLEAN_FIELDS:
+            setattr(known, name, getattr(fresh, name))
+
+    def _known(self, parent: Inode, name: bytes) -> Dentry | None:
+        return parent.children.get(name)
+
+    def _child(self, parent: Inode, name: bytes) -> tuple[Dentry, Inode]:
+        dentry = parent.children.get(name)
+        if dentry is None:
+            raise FsError(errno.ENOENT)
+        return dentry, self._volume.get(dentry.child)
+
+    async def lookup(self, parent_number: int, name: bytes) -> Inode:
+        """Find a name; ENOENT."""
+        parent = self._directory(parent_number)
+        if name == b".":
+            return parent
+        if name == b"..":
+            return self._volume.get(parent.parent)
+        await self._learn(parent, name)
+        return self._child(parent, name)[1]
+
+    async def start(self) -> None:
+        """Have the root's entries in memory, so that names can be made there when offline."""
+        if not self._volume.is_read_only:
+            await self._complete(self.root)
+
+    async def _complete(self, directory: Inode) -> None:
+        """Have all entries of a directory in memory."""
+        if directory.is_complete and not self._volume.is_read_only:
+            return
+        found = await loader.list_directory(self._volume.client, directory)
+        if self._volume.is_read_only:
+            directory.children.clear()
+        for dentry, inode in found:
+            if dentry.name in directory.absent:
+                continue
+            if self._volume.is_read_only:
+                self._refresh_clean(inode)
+            self._volume.adopt(inode)
+            directory.children.setdefault(dentry.name, dentry)
+        directory.is_complete = True
+
+    async def read_directory(self, number: int) -> list[Dentry]:
+        """All entries in dentry id order; the id is the cookie."""
+        directory = self._volume.get(number)
+        if not directory.is_directory:
+            raise FsError(errno.ENOTDIR)
+        if directory.nlink:
+            await self._complete(directory)
+        return sorted(directory.children.values(), key=lambda item: item.dentry_id)
+
+    async def _wait_for_room(self, count: int) -> None:
+        """Hold a writer back while the log is full; ENOSPC after a minute without progress."""
+        log = self._volume.log
+        if log.disk_bytes + count <= self._log_bytes_max:
+            self._reserve(count)
+            return
+        assert self._writeback is not None
+        deadline = trio.current_time() + CACHE_SPACE_DEADLINE_S
+        level = log.disk_bytes
+        while log.disk_bytes + count > self._log_bytes_max:
+            self._writeback.demand()
+            if trio.current_time() > deadline:
+                raise FsError(errno.ENOSPC, "the cache is full and the network takes nothing")
+            with trio.move_on_after(1.0):
+                await self._writeback.next_progress()
+            if log.disk_bytes < level:
+                level = log.disk_bytes
+                deadline = trio.current_time() + CACHE_SPACE_DEADLINE_S
+        self._reserve(count)
+
+    def _reserve(self, count: int) -> None:
+        try:
+            self._volume.log.reserve(count)
+        except OSError as error:
+            raise FsError(errno.ENOSPC, f"the cache disk is full: {error}") from error
+
+    def _new_child(
+        self,
+        parent: Inode,
+        name: bytes,
+        kind: Kind,
+        mode: int,
+        caller: Caller,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> Inode:
+        """Make an inode with its first name. No checkpoint."""
+        if name in parent.children:
+            raise FsError(errno.EEXIST)
+        volume, now = self._volume, self._now()
+        gid = caller.gid
+        if parent.mode & 0o2000:
+            gid = parent.gid
+            if kind is Kind.DIRECTORY:
+                mode |= 0o2000
+        number, dentry_id = volume.new_number(), volume.new_number()
+        key = InodeKey(volume.runtime.random_bytes(keys.KEY_BYTES))
+        inode = Inode(
+            number, 1, kind, key, rdev, 2 if kind is Kind.DIRECTORY else 1, mode & 0o7777,
+            caller.uid, gid, now, now, now, len(target),
+            symlink=target, parent=parent.number, xattrs={}, rows=[],
+            is_complete=True,
+        )  # fmt: skip
+        encrypted = parent.key.encrypt_name(name)
+        place = Place(parent.number, number, 1, kind)
+        sealed = Sealed(number, 1, kind, inode.attributes, 0, 0, EMPTY_MAP_ROOT)
+        client = volume.client
+        operation = m.Create(
+            parent.number,
+            encrypted,
+            dentry_id,
+            parent.key.wrap_child(key.secret, client.bucket_id, place, encrypted),
+            m.NewInode(
+                number, 1, kind, rdev, inode.attributes,
+                key.encrypt_symlink(number, target) if target else b"",
+                key.seal(client.bucket_id, sealed),
+            ),
+        )  # fmt: skip
+        volume.inodes[number] = inode
+        parent.children[name] = Dentry(dentry_id, name, number, kind)
+        parent.absent.discard(name)
+        if kind is Kind.DIRECTORY:
+            parent.nlink += 1
+        parent.mtime_ns = parent.ctime_ns = now
+        volume.record(
+            operation,
+            inodes=(inode,),
+            dentries=(DentryState(parent.number, name, dentry_id, number, kind),),
+            touched=(parent,),
+        )
+        return inode
+
+    async def create_node(
+        self,
+        parent_number: int,
+        name: bytes,
+        kind: Kind,
+        mode: int,
+        caller: Caller,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> Inode:
+        """Create a file, directory, symbolic link or special file; EEXIST."""
+        self._require_writable()
+        parent = self._directory(parent_number)
+        if kind is Kind.SYMLINK:
+            if not target:
+                raise FsError(errno.ENOENT)
+            if len(target) >= SYMLINK_BYTES_MAX:
+                raise FsError(errno.ENAMETOOLONG)
+        await self._learn(parent, name)
+        await self._wait_for_room(4096)
+        self._directory(parent_number)
+        return self._new_child(parent, name, kind, mode, caller, rdev=rdev, target=target)
+
+    async def link(self, number: int, parent_number: int, name: bytes) -> Inode:
+        """Add a name to a file; EPERM for a directory."""
+        self._require_writable()
+        inode, parent = self._volume.get(number), self._directory(parent_number)
+        if inode.is_directory:
+            raise FsError(errno.EPERM)
+        await self._learn(parent, name)
+        await self._wait_for_room(4096)
+        self._directory(parent_number)
+        if name in parent.children:
+            raise FsError(errno.EEXIST)
+        if inode.nlink == 0:
+            raise FsError(errno.ENOENT)
+        now, dentry_id = self._now(), self._volume.new_number()
+        encrypted, wrapped = self._wrap(parent, name, inode)
+        inode.nlink += 1
+        inode.ctime_ns = parent.mtime_ns = parent.ctime_ns = now
+        parent.children[name] = Dentry(dentry_id, name, number, inode.kind)
+        parent.absent.discard(name)
+        self._volume.record(
+            m.Link(parent_number, encrypted, dentry_id, wrapped, number),
+            dentries=(DentryState(parent_number, name, dentry_id, number, inode.kind),),
+            touched=(parent, inode),
+        )
+        return inode
+
+    def _wrap(self, parent: Inode, name: bytes, child: Inode) -> tuple[bytes, bytes]:
+        """(encrypted name, the child's key wrapped for that dentry)."""
+        encrypted = parent.key.encrypt_name(name)
+        place = Place(parent.number, child.number, child.generation, child.kind)
+        bucket_id = self._volume.client.bucket_id
+        return encrypted, parent.key.wrap_child(child.key.secret, bucket_id, place, encrypted)
+
+    async def unlink(self, parent_number: int, name: bytes) -> None:
+        """Remove a name; EISDIR for a directory."""
+        self._require_writable()
+        parent = self._directory(parent_number)
+        await self._learn(parent, name)
+        await self._wait_for_room(4096)
+        dentry, inode = self._child(parent, name)
+        if inode.is_directory:
+            raise FsError(errno.EISDIR)
+        self._remove(parent, dentry, inode)
+
+    async def rmdir(self, parent_number: int, name: bytes) -> None:
+        """Remove an empty directory; ENOTDIR, ENOTEMPTY."""
+        self._require_writable()
+        parent = self._directory(parent_number)
+        await self._learn(parent, name)
+        _, inode = self._child(parent, name)
+        if not inode.is_directory:
+            raise FsError(errno.ENOTDIR)
+        await self._complete(inode)
+        await self._wait_for_room(4096)
+        dentry, inode = self._child(parent, name)
+        if inode.children:
+            raise FsError(errno.ENOTEMPTY)
+        self._remove(parent, dentry, inode)
+
+    def _remove(self, parent: Inode, dentry: Dentry, inode: Inode) -> None:
+        now = self._now()
+        self._drop_name(parent, dentry, inode, now)
+        removed = DentryState(parent.number, dentry.name, dentry.dentry_id, 0, dentry.kind)
+        operation = m.Unlink(parent.number, parent.key.encrypt_name(dentry.name), inode.number)
+        self._volume.record(
+            operation,
+            inodes=(inode,),
+            dentries=(removed,),
+            touched=(parent, inode) if inode.nlink else (parent,),
+        )
+        self._reap_if_unused(inode)
+
+    def _drop_name(self, parent: Inode, dentry: Dentry, inode: Inode, now: int) -> None:
+        del parent.children[dentry.name]
+        parent.absent.add(dentry.name)
+        parent.mtime_ns = parent.ctime_ns = inode.ctime_ns = now
+        if inode.is_directory:
+            inode.nlink = 0
+            parent.nlink -= 1
+        else:
+            inode.nlink -= 1
+
+    def _reap_if_unused(self, inode: Inode) -> None:
+        if inode.nlink == 0 and inode.open_count == 0 and not self._volume.is_read_only:
+            self._volume.reap(inode)
+
+    async def rename(
+        self, parent_number: int, name: bytes, new_parent_number: int, new_name: bytes, flags: int
+    ) -> None:
+        """Rename, with NOREPLACE or EXCHANGE; EINVAL for other flags."""
+        self._require_writable()
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise FsError(errno.EINVAL)
+        parent = self._directory(parent_number)
+        new_parent = self._directory(new_parent_number)
+        await self._learn(parent, name)
+        await self._learn(new_parent, new_name)
+        target = new_parent.children.get(new_name)
+        if target is not None and target.kind is Kind.DIRECTORY and flags == 0:
+            await self._complete(self._volume.get(target.child))
+        await self._wait_for_room(4096)
+        self._directory(parent_number)
+        self._directory(new_parent_number)
+        dentry, inode = self._child(parent, name)
+        if inode.is_directory and self._is_below(new_parent, inode):
+            raise FsError(errno.EINVAL)
+        if flags == RENAME_EXCHANGE:
+            self._exchange(parent, dentry, inode, new_parent, new_name)
+            return
+        replaced = new_parent.children.get(new_name)
+        if replaced is not None:
+            if flags == RENAME_NOREPLACE:
+                raise FsError(errno.EEXIST)
+            if replaced.child == inode.number:
+                return
+            self._check_replace(inode, self._volume.get(replaced.child))
+        self._move(parent, dentry, inode, new_parent, new_name, replaced)
+
+    def _is_below(self, directory: Inode, ancestor: Inode) -> bool:
+        while True:
+            if directory is ancestor:
+                return True
+            parent = self._volume.inodes.get(directory.parent)
+            if parent is None or parent is directory:
+                return False
+            directory = parent
+
+    @staticmethod
+    def _check_replace(inode: Inode, other: Inode) -> None:
+        if inode.is_directory and not other.is_directory:
+            raise FsError(errno.ENOTDIR)
+        if not inode.is_directory and other.is_directory:
+            raise FsError(errno.EISDIR)
+        if other.is_directory and other.children:
+            raise FsError(errno.ENOTEMPTY)
+
+    def _move(
+        self,
+        parent: Inode,
+        dentry: Dentry,
+        inode: Inode,
+        new_parent: Inode,
+        new_name: bytes,
+        replaced: Dentry | None,
+    ) -> None:
+        now, dentry_id = self._now(), self._volume.new_number()
+        encrypted, wrapped = self._wrap(new_parent, new_name, inode)
+        operation = m.Rename(
+            parent.number, parent.key.encrypt_name(dentry.name), inode.number,
+            new_parent.number, encrypted, dentry_id, wrapped,
+            replaced.child if replaced else 0,
+        )  # fmt: skip
+        other = self._volume.get(replaced.child) if replaced else None
+        if replaced is not None and other is not None:
+            self._drop_name(new_parent, replaced, other, now)
+        del parent.children[dentry.name]
+        parent.absent.add(dentry.name)
+        new_parent.children[new_name] = Dentry(dentry_id, new_name, inode.number, inode.kind)
+        new_parent.absent.discard(new_name)
+        if inode.is_directory:
+            parent.nlink -= 1
+            new_parent.nlink += 1
+            inode.parent = new_parent.number
+        for changed in (parent, new_parent):
+            changed.mtime_ns = changed.ctime_ns = now
+        inode.ctime_ns = now
+        touched = [parent, inode] if parent is new_parent else [parent, new_parent, inode]
+        if other is not None and other.nlink:
+            touched.append(other)
+        self._volume.record(
+            operation,
+            inodes=(other,) if other is not None else (),
+            dentries=(
+                DentryState(parent.number, dentry.name, dentry.dentry_id, 0, dentry.kind),
+                DentryState(new_parent.number, new_name, dentry_id, inode.number, inode.kind),
+            ),
+            touched=touched,
+        )
+        if other is not None:
+            self._reap_if_unused(other)
+
+    def _exchange(
+        self, parent: Inode, dentry: Dentry, inode: Inode, new_parent: Inode, new_name: bytes
+    ) -> None:
+        other_dentry, other = self._child(new_parent, new_name)
+        if other.is_directory and self._is_below(parent, other):
+            raise FsError(errno.EINVAL)
+        if other is inode:
+            return
+        now = self._now()
+        there, wrapped = self._wrap(new_parent, new_name, inode)
+        here, other_wrapped = self._wrap(parent, dentry.name, other)
+        operation = m.Exchange(
+            parent.number, here, inode.number, new_parent.number, there, other.number,
+            wrapped, other_wrapped,
+        )  # fmt: skip
+        new_here = Dentry(dentry.dentry_id, dentry.name, other.number, other.kind)
+        new_there = Dentry(other_dentry.dentry_id, new_name, inode.number, inode.kind)
+        parent.children[dentry.name] = new_here
+        new_parent.children[new_name] = new_there
+        moved = other.is_directory - inode.is_directory
+        if parent is not new_parent:
+            parent.nlink += moved
+            new_parent.nlink -= moved
+        inode.parent, other.parent = new_parent.number, parent.number
+        for changed in (parent, new_parent):
+            changed.mtime_ns = changed.ctime_ns = now
+        inode.ctime_ns = other.ctime_ns = now
+        unique = {item.number: item for item in (parent, new_parent, inode, other)}
+        states = (
+            DentryState(parent.number, dentry.name, dentry.dentry_id, other.number, other.kind),
+            DentryState(
+                new_parent.number, new_name, other_dentry.dentry_id, inode.number, inode.kind
+            ),
+        )
+        self._volume.record(operation, dentries=states, touched=tuple(unique.values()))
+
+    async def set_attributes(self, number: int, changes: Changes) -> Inode:
+        """chmod, chown, truncate, utimens. Permission is the kernel's business."""
+        self._require_writable()
+        inode = self._volume.get(number)
+        await self._wait_for_room(4096)
+        now = self._now()
+        if changes.size is not None:
+            self._check_size(inode, changes.size)
+            self._volume.truncate(inode, changes.size, now)
+            inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
+        if changes.mode is not None:
+            inode.mode = changes.mode & 0o7777
+        if changes.uid is not None:
+            inode.uid = changes.uid
+        if changes.gid is not None:
+            inode.gid = changes.gid
+        owner_changed = changes.uid is not None or changes.gid is not None
+        if owner_changed and changes.mode is None and inode.kind is Kind.FILE:
+            inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
+        if changes.atime_ns is not None:
+            inode.atime_ns = changes.atime_ns
+        if changes.mtime_ns is not None:
+            inode.mtime_ns = changes.mtime_ns
+        inode.ctime_ns = changes.ctime_ns if changes.ctime_ns is not None else now
+        self._volume.record(None, touched=(inode,))
+        return inode
+
+    @staticmethod
+    def _check_size(inode: Inode, size: int) -> None:
+        if inode.is_directory:
+            raise FsError(errno.EISDIR)
+        if inode.kind is not Kind.FILE or size < 0:
+            raise FsError(errno.EINVAL)
+        if size > FILE_BYTES_MAX:
+            raise FsError(errno.EFBIG)
+
+    async def open(self, number: int, flags: int) -> int:
+        """Open a file; returns a handle. O_TRUNC is honoured here."""
+        inode = self._volume.get(number)
+        if inode.is_directory:
+            raise FsError(errno.EISDIR)
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+            self._require_writable()
+        if flags & os.O_TRUNC and inode.size:
+            await self._wait_for_room(4096)
+            self._volume.truncate(inode, 0, self._now())
+        return self._add_handle(inode)
+
+    def _add_handle(self, inode: Inode) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        inode.open_count += 1
+        self._handles[handle] = Handle(inode, ReadState())
+        return handle
+
+    async def create(
+        self, parent_number: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[int, Inode]:
+        """open(O_CREAT): make the file, or open what is there unless O_EXCL."""
+        try:
+            inode = await self.create_node(parent_number, name, Kind.FILE, mode, caller)
+        except FsError as error:
+            if error.errno != errno.EEXIST or flags & os.O_EXCL:
+                raise
+            inode = await self.lookup(parent_number, name)
+            return await self.open(inode.number, flags), inode
+        return self._add_handle(inode), inode
+
+    def _handle(self, handle: int) -> Handle:
+        found = self._handles.get(handle)
+        if found is None:
+            raise FsError(errno.EBADF)
+        return found
+
+    def handle_inode(self, handle: int) -> Inode:
+        """The inode behind a handle; EBADF."""
+        return self._handle(handle).inode
+
+    async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
+        """Read; shorter at the end of the file."""
+        found = self._handle(handle)
+        return await self._reader.read(found.inode, offset, size, found.read_state)
+
+    async def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
+        """Stage bytes locally; durable after `fsync`. ENOSPC when log and network are full."""
+        inode = self._handle(handle).inode
+        self._require_writable()
+        if not data:
+            return 0
+        if offset + len(data) > FILE_BYTES_MAX:
+            raise FsError(errno.EFBIG)
+        await self._wait_for_room(len(data) + 4096)
+        view = memoryview(data)
+        try:
+            self._volume.stage(inode, offset, view, self._now())
+        except OSError as error:
+            raise FsError(errno.ENOSPC, f"the cache disk took no more: {error}") from error
+        if inode.mode & 0o6000:
+            inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
+            self._volume.record(None, touched=(inode,))
+        if self._writeback is not None:
+            self._writeback.note_write()
+        return len(data)
+
+    async def fsync(self, number: int) -> None:
+        """Return once everything done to this file or directory is on the local disk.
+
+        With `sync=network`, once it is committed at the satellite.
+        """
+        if self._volume.is_read_only:
+            return
+        try:
+            await self._volume.log.sync()
+        except OSError as error:
+            raise FsError(errno.EIO, f"the cache disk failed: {error}") from error
+        if self.sync_to_network:
+            assert self._writeback is not None
+            await self._writeback.drain()
+
+    def release(self, handle: int) -> None:
+        """Close a handle; the last one of an unlinked file drops its content."""
+        found = self._handles.pop(handle, None)
+        if found is None:
+            return
+        found.inode.open_count -= 1
+        self._reap_if_unused(found.inode)
+        if found.inode.is_reaped and found.inode.lookup_count <= 0:
+            self._volume.inodes.pop(found.inode.number, None)
+
+    async def sync_everything(self) -> None:
+        """Return once everything is committed at the satellite (`dcsfs sync`)."""
+        if self._writeback is not None:
+            await self._volume.log.sync()
+            await self._writeback.drain()

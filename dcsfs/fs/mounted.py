@@ -1,0 +1,183 @@
+"""Put a file system together: cache directory, session, log, recovery, background tasks."""
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from dcsfs import keys
+from dcsfs.access import AccessGrant
+from dcsfs.cache.clean import CleanCache
+from dcsfs.cache.log import WriteLog
+from dcsfs.fs.filesystem import FileSystem
+from dcsfs.fs.reader import Reader
+from dcsfs.fs.volume import Volume, open_session
+from dcsfs.fs.writeback import Writeback
+from dcsfs.uplink.client import BucketClient, open_bucket
+from network import messages as m
+from network.errors import DcsError, InvalidArgument, SessionLost, Unavailable
+from network.files import DirectoryLock, write_durably
+from network.limits import SESSION_RENEW_S, STAGE_INTERVAL_S
+from network.rpc import ConnectionPool
+from network.runtime import Runtime
+from network.units import GiB, MiB
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES_MIN = 256 * MiB
+CACHE_BYTES_DEFAULT = 10 * GiB
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeOptions:
+    """How a volume is opened."""
+
+    cache_dir: Path
+    cache_bytes: int = CACHE_BYTES_DEFAULT
+    read_only: bool = False
+    sync_to_network: bool = False
+    is_temporary: bool = False
+    """The cache directory is thrown away at the end: nothing in it need survive a crash."""
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes < CACHE_BYTES_MIN:
+            raise InvalidArgument("cache_size must be at least 256MiB")
+
+
+@dataclass(slots=True)
+class Mounted:
+    """A running file system and its parts, for mount, status and tests."""
+
+    filesystem: FileSystem
+    volume: Volume
+    client: BucketClient
+    reader: Reader
+    writeback: Writeback | None
+    replayed: int
+
+    async def drain(self) -> None:
+        """Commit everything to the network."""
+        await self.filesystem.sync_everything()
+
+
+def _cache_identity(directory: Path, bucket_id: bytes) -> bytes:
+    """The cache directory's id; raises InvalidArgument if it belongs to another bucket."""
+    path = directory / "cache.json"
+    if path.exists():
+        try:
+            values = json.loads(path.read_text())
+            cache_id, owner = bytes.fromhex(values["cache_id"]), bytes.fromhex(values["bucket_id"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InvalidArgument(f"cache directory {directory} is damaged: {error}") from error
+        if owner != bucket_id:
+            raise InvalidArgument(
+                f"cache directory {directory} belongs to another bucket; choose another cache_dir"
+            )
+        return cache_id
+    cache_id = secrets.token_bytes(16)
+    values = {"version": 1, "cache_id": cache_id.hex(), "bucket_id": bucket_id.hex()}
+    write_durably(path, json.dumps(values).encode())
+    return cache_id
+
+
+@asynccontextmanager
+async def open_volume(
+    runtime: Runtime, pool: ConnectionPool, grant: AccessGrant, bucket: str, options: VolumeOptions
+) -> AsyncIterator[Mounted]:
+    """Open a bucket as a file system with its background tasks; closes locally on exit.
+
+    Leaving does not flush: call `drain` first. What is not flushed stays in the log for the next
+    mount. Raises NotFound, WrongPassphrase, BucketBusy, InvalidArgument, Unavailable.
+    """
+    client = await open_bucket(runtime, pool, grant, bucket)
+    directory = options.cache_dir
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InvalidArgument(f"cache directory {directory}: {error.strerror}") from error
+    lock = DirectoryLock(directory, "cache directory")
+    try:
+        cache_id = _cache_identity(directory, client.bucket_id)
+        log_share = options.cache_bytes * 3 // 4
+        clean = CleanCache(directory / "clean", options.cache_bytes - log_share, runtime)
+        try:
+            write_log, session = None, None
+            if not options.read_only:
+                session = await open_session(client, cache_id, os.getpid())
+                log_key = keys.derive(client.root_key, b"log " + cache_id)
+                write_log = WriteLog(
+                    directory / "log", log_key, runtime, is_durable=not options.is_temporary
+                )
+            volume = Volume(
+                client, runtime, clean, write_log, session, keeps_clean=not options.is_temporary
+            )
+            replayed = 0 if options.read_only else await volume.recover()
+            async with trio.open_nursery() as nursery:
+                reader = Reader(volume, nursery)
+                writeback: Writeback | None = None
+                if not options.read_only:
+                    writeback = Writeback(volume, reader)
+                    nursery.start_soon(writeback.run)
+                    if not options.is_temporary:
+                        nursery.start_soon(_sync_forever, volume)
+                    nursery.start_soon(_renew_forever, volume)
+                filesystem = FileSystem(
+                    volume,
+                    reader,
+                    writeback,
+                    log_bytes_max=log_share,
+                    sync_to_network=options.sync_to_network,
+                )
+                await filesystem.start()
+                yield Mounted(filesystem, volume, client, reader, writeback, replayed)
+                nursery.cancel_scope.cancel()
+            if write_log is not None:
+                write_log.close()
+        finally:
+            clean.close()
+    finally:
+        lock.release()
+
+
+async def _sync_forever(volume: Volume) -> None:
+    """Bound what an unsynced write can lose to the stage interval."""
+    while True:
+        await trio.sleep(STAGE_INTERVAL_S)
+        try:
+            await volume.log.sync()
+        except OSError as error:
+            log.error("cache disk failed, writes are refused from now on: %s", error)
+            return
+
+
+async def _renew_forever(volume: Volume) -> None:
+    request = m.SessionRequest(volume.client.api_key, volume.session.session_id)
+    while True:
+        await trio.sleep(SESSION_RENEW_S)
+        try:
+            await volume.client.call(m.RENEW_SESSION, request)
+        except SessionLost as error:
+            log.error("session lost: %s", error)
+        except DcsError as error:
+            log.info("session not renewed: %s", error)
+
+
+async def close_session(mounted: Mounted) -> None:
+    """Give the bucket free for other writers; only when nothing is left to flush."""
+    volume = mounted.volume
+    if volume.is_read_only:
+        return
+    request = m.SessionRequest(volume.client.api_key, volume.session.session_id)
+    # The satellite forgets the session: from here on only DONE records say what it has.
+    await volume.log.sync()
+    try:
+        await volume.client.call(m.CLOSE_SESSION, request)
+        volume.log.discard()
+    except (Unavailable, SessionLost) as error:
+        log.info("session not closed, it expires by itself: %s", error)

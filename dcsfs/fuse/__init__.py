@@ -1,0 +1,1 @@
+"""The pyfuse3 adapter: converts, guards, calls `dcsfs.fs`; knows no semantics."""

@@ -1,0 +1,331 @@
+"""pyfuse3 handlers: convert, call the file system, convert back.
+
+One guard turns every exception into an errno: in pyfuse3 anything but FUSEError ends the mount.
+A handler waits for the network only for data that is not here, and never past its deadline.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from dcsfs.fs.errors import FsError, errno_of
+from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, Caller, Changes, FileSystem
+from dcsfs.fs.state import Inode
+from network.errors import DcsError
+from network.limits import CACHE_SPACE_DEADLINE_S, NAME_BYTES_MAX, UNCACHED_READ_DEADLINE_S
+from network.messages import Kind
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+HANDLER_DEADLINE_S = CACHE_SPACE_DEADLINE_S + UNCACHED_READ_DEADLINE_S
+CACHE_TIMEOUT_S = 300.0
+"""Entries and attributes of a writable mount: nobody else can change them."""
+CACHE_TIMEOUT_READ_ONLY_S = 1.0
+_FUSE_ROOT = 1
+
+
+def guarded(
+    handler: Callable[Concatenate["DcsOperations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["DcsOperations", P], Coroutine[Any, Any, R]]:
+    """Turn every exception of a handler into FUSEError, and bound its time."""
+
+    @functools.wraps(handler)
+    async def guard(self: "DcsOperations", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            with trio.fail_after(self.deadline_s):
+                return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except FsError as error:
+            raise pyfuse3.FUSEError(error.errno) from error
+        except (DcsError, OSError, trio.TooSlowError) as error:
+            self.note_error(handler.__name__, error)
+            raise pyfuse3.FUSEError(errno_of(error)) from error
+        except Exception as error:
+            log.exception("handler failed: %s", handler.__name__)
+            raise pyfuse3.FUSEError(errno_of(error)) from error
+
+    return guard  # type: ignore[return-value]  # wraps() hides that the signature is the same
+
+
+class DcsOperations(pyfuse3.Operations):
+    """The handlers of one mount. The kernel's root inode is 1 whatever subtree is mounted."""
+
+    supports_dot_lookup = False
+    enable_acl = False
+
+    def __init__(self, filesystem: FileSystem, *, writeback_cache: bool) -> None:
+        super().__init__()
+        self._fs = filesystem
+        self.enable_writeback_cache = writeback_cache
+        self.deadline_s = HANDLER_DEADLINE_S
+        self._timeout = CACHE_TIMEOUT_READ_ONLY_S if filesystem.is_read_only else CACHE_TIMEOUT_S
+        self.recent_errors: list[str] = []
+
+    def note_error(self, name: str, error: BaseException) -> None:
+        """Remember an error for the status command."""
+        text = f"{name}: {error}"
+        log.warning("%s", text)
+        self.recent_errors = [*self.recent_errors[-9:], text]
+
+    def _number(self, inode: int) -> int:
+        return self._fs.root.number if inode == _FUSE_ROOT else inode
+
+    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        is_root = inode.number == self._fs.root.number
+        entry.st_ino = pyfuse3.InodeT(_FUSE_ROOT if is_root else inode.number)
+        entry.generation = inode.generation
+        entry.entry_timeout = self._timeout
+        entry.attr_timeout = self._timeout
+        entry.st_mode = pyfuse3.ModeT((inode.kind << 12) | inode.mode)
+        entry.st_nlink = inode.nlink
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        entry.st_rdev = inode.rdev
+        entry.st_size = inode.size
+        entry.st_blksize = 1 << 20
+        entry.st_blocks = -(-inode.stored_bytes // 512)
+        entry.st_atime_ns = inode.atime_ns
+        entry.st_mtime_ns = inode.mtime_ns
+        entry.st_ctime_ns = inode.ctime_ns
+        return entry
+
+    def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """Attributes of an inode whose reference the kernel will hold."""
+        inode.lookup_count += 1
+        return self._attributes(inode)
+
+    @staticmethod
+    def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.umask)
+
+    @guarded
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name."""
+        return self._entry(await self._fs.lookup(self._number(parent_inode), name))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Drop references; never raises."""
+        for number, count in inode_list:
+            self._fs.forget(self._number(number), count)
+
+    @guarded
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Attributes of an inode."""
+        return self._attributes(self._fs.inode(self._number(inode)))
+
+    @guarded
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """chmod, chown, truncate, utimens."""
+        changes = Changes(
+            mode=attr.st_mode & 0o7777 if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        return self._attributes(await self._fs.set_attributes(self._number(inode), changes))
+
+    @guarded
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """A symbolic link's target."""
+        return self._fs.inode(self._number(inode)).symlink
+
+    async def _make(
+        self, parent: int, name: bytes, kind: Kind, mode: int, ctx: pyfuse3.RequestContext,
+        **extra: Any,
+    ) -> pyfuse3.EntryAttributes:  # fmt: skip
+        inode = await self._fs.create_node(
+            self._number(parent), name, kind, mode & ~ctx.umask, self._caller(ctx), **extra
+        )
+        return self._entry(inode)
+
+    @guarded
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Make a file or special file."""
+        kind = Kind(mode >> 12 or Kind.FILE)
+        return await self._make(parent_inode, name, kind, mode, ctx, rdev=rdev)
+
+    @guarded
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Make a directory."""
+        return await self._make(parent_inode, name, Kind.DIRECTORY, mode, ctx)
+
+    @guarded
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Make a symbolic link."""
+        inode = await self._fs.create_node(
+            self._number(parent_inode), name, Kind.SYMLINK, 0o777, self._caller(ctx), target=target
+        )
+        return self._entry(inode)
+
+    @guarded
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove a file's name."""
+        await self._fs.unlink(self._number(parent_inode), name)
+
+    @guarded
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove an empty directory."""
+        await self._fs.rmdir(self._number(parent_inode), name)
+
+    @guarded
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        """Rename, with NOREPLACE and EXCHANGE."""
+        await self._fs.rename(
+            self._number(parent_inode_old), name_old,
+            self._number(parent_inode_new), name_new, flags,
+        )  # fmt: skip
+
+    @guarded
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Add a hard link."""
+        made = await self._fs.link(self._number(inode), self._number(new_parent_inode), new_name)
+        return self._entry(made)
+
+    @guarded
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open a file."""
+        handle = await self._fs.open(self._number(inode), flags)
+        return self._file_info(handle)
+
+    def _file_info(self, handle: int) -> pyfuse3.FileInfo:
+        return pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(handle), keep_cache=not self._fs.is_read_only
+        )
+
+    @guarded
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """Make and open a file."""
+        handle, inode = await self._fs.create(
+            self._number(parent_inode), name, mode & ~ctx.umask, flags, self._caller(ctx)
+        )
+        return self._file_info(handle), self._entry(inode)
+
+    @guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Read; the reply may be a view of cached memory."""
+        return await self._fs.read(fh, off, size)  # type: ignore[return-value]  # any buffer will do
+
+    @guarded
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Stage bytes in the local log."""
+        return await self._fs.write(fh, off, buf)
+
+    @guarded
+    async def flush(self, fh: int) -> None:
+        """close(2): nothing to do, the bytes are staged."""
+        self._fs.handle_inode(fh)
+
+    @guarded
+    async def release(self, fh: int) -> None:
+        """Drop a handle."""
+        self._fs.release(fh)
+
+    @guarded
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Everything done to the file is on disk when this returns."""
+        await self._fs.fsync(self._fs.handle_inode(fh).number)
+
+    @guarded
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """Directories are read by inode."""
+        self._fs.inode(self._number(inode))
+        return inode
+
+    @guarded
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Everything done to the directory is on disk when this returns."""
+        await self._fs.fsync(self._number(fh))
+
+    @guarded
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List with attributes; the cookie is the permanent dentry id."""
+        for entry in await self._fs.read_directory(self._number(fh)):
+            if entry.dentry_id <= start_id:
+                continue
+            inode = self._fs.inode(entry.child)
+            name = pyfuse3.FileNameT(entry.name)
+            if not pyfuse3.readdir_reply(token, name, self._attributes(inode), entry.dentry_id):
+                break
+            inode.lookup_count += 1
+
+    async def releasedir(self, fh: int) -> None:
+        """Nothing is held."""
+
+    @guarded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Size and room; generous while projects have no quota."""
+        data = pyfuse3.StatvfsData()
+        blocks = STATFS_FREE_BYTES // STATFS_BLOCK_BYTES
+        data.f_bsize = data.f_frsize = STATFS_BLOCK_BYTES
+        data.f_blocks = data.f_bfree = data.f_bavail = blocks
+        data.f_files = data.f_ffree = data.f_favail = 1 << 40
+        data.f_namemax = NAME_BYTES_MAX
+        return data
+
+    @guarded
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        """The kernel checks permissions (default_permissions)."""
+        return True
+
+    @guarded
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """Set an extended attribute."""
+        await self._fs.xattrs.set(self._number(inode), name, value)
+
+    @guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """Read an extended attribute."""
+        return await self._fs.xattrs.get(self._number(inode), name)
+
+    @guarded
+    async def listxattr(
+        self, inode: int, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
+        """Names of extended attributes."""
+        names = await self._fs.xattrs.names(self._number(inode))
+        return [pyfuse3.XAttrNameT(name) for name in names]
+
+    @guarded
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove an extended attribute."""
+        await self._fs.xattrs.remove(self._number(inode), name)

@@ -1,0 +1,1 @@
+"""Segments, extents and metadata over the network: what mount, CLI and library share."""
