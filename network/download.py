@@ -30,7 +30,7 @@ from network.messages import GET_PIECE, GetPieceRequest, PieceGrant, PieceInfo, 
 from network.orders import Order, sign_order
 from network.redundancy import RedundancyScheme, SegmentLayout
 from network.rpc import ConnectionPool, check_reply
-from network.runtime import with_deadline
+from network.runtime import ProgressDeadline, with_deadline
 from network.segment import decode_stripe
 
 log = logging.getLogger(__name__)
@@ -307,29 +307,35 @@ class SegmentReader:
 
             info = await with_deadline(PIECE_PROGRESS_DEADLINE_S, "opening a piece", open_piece)
             hashes = self._verified_hashes(source, task.index, info)
-            stripe = task.first
-            while stripe < task.first + task.count:
-                frame = await with_deadline(
-                    PIECE_PROGRESS_DEADLINE_S, "receiving shares", stream.receive
-                )
-                body = check_reply(frame).body
-                position = 0
-                while position < len(body):
-                    if stripe >= task.first + task.count:
-                        raise ProtocolError("node sent more shares than asked")
-                    size = layout.share_bytes(stripe)
-                    share = body[position : position + size]
-                    if len(share) != size:
-                        raise ProtocolError("node sent a cut share")
-                    piecehash.verify_share(share, stripe, hashes)
-                    self.verified_bytes += size
-                    self._on_bytes(size)
-                    if stripe in read.have:
-                        read.have[stripe][task.index] = share
-                    position += size
-                    stripe += 1
-                if position == 0:
-                    raise ProtocolError("node sent an empty frame")
+            with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "receiving shares") as progress:
+                stripe, end = task.first, task.first + task.count
+                while stripe < end:
+                    body = check_reply(await stream.receive()).body
+                    progress.step()
+                    stripe = self._take_shares(read, task, body, stripe, hashes)
+
+    def _take_shares(
+        self, read: _Read, task: _Task, body: memoryview, stripe: int, hashes: bytes
+    ) -> int:
+        """Verify and keep the shares of one frame from `stripe` on; returns the next stripe."""
+        position = 0
+        while position < len(body):
+            if stripe >= task.first + task.count:
+                raise ProtocolError("node sent more shares than asked")
+            size = self._handle.layout.share_bytes(stripe)
+            share = body[position : position + size]
+            if len(share) != size:
+                raise ProtocolError("node sent a cut share")
+            piecehash.verify_share(share, stripe, hashes)
+            if stripe in read.have:
+                read.have[stripe][task.index] = share
+            position += size
+            stripe += 1
+        if position == 0:
+            raise ProtocolError("node sent an empty frame")
+        self.verified_bytes += position
+        self._on_bytes(position)
+        return stripe
 
     def _verified_hashes(self, source: _Source, index: int, info: PieceInfo) -> bytes:
         """The piece's share hashes, proved to belong to the segment root; IntegrityError if not."""

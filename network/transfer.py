@@ -25,7 +25,7 @@ from network.messages import PUT_PIECE, FinishPiece, PieceGrant, PutPieceRequest
 from network.orders import Receipt, sign_order, verify_receipt
 from network.redundancy import RedundancyScheme
 from network.rpc import DATA, ConnectionPool, check_reply
-from network.runtime import with_deadline
+from network.runtime import ProgressDeadline, with_deadline
 from network.segment import SegmentEncoder
 from network.transport import SecureStream
 
@@ -212,19 +212,17 @@ class SegmentUpload:
 
     async def _send_shares(self, stream: SecureStream, index: int) -> None:
         layout = self._encoder.layout
-        for first in range(0, layout.stripes, PIECE_FRAME_SHARES):
-            count = min(PIECE_FRAME_SHARES, layout.stripes - first)
-            shares = await self._encoder.shares(index, first, count)
-            await with_deadline(
-                PIECE_PROGRESS_DEADLINE_S,
-                "sending shares",
-                lambda shares=shares: stream.send(DATA, b"", shares),  # type: ignore[misc]  # mypy cannot infer a lambda's default
-            )
-            sent = sum(len(share) for share in shares)
-            self._sent_bytes += sent
-            if len(self._receipts) < self._needed():
-                self._last_progress = trio.current_time()
-            self._on_bytes(sent)
+        with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "sending shares") as progress:
+            for first in range(0, layout.stripes, PIECE_FRAME_SHARES):
+                count = min(PIECE_FRAME_SHARES, layout.stripes - first)
+                shares = await self._encoder.shares(index, first, count)
+                await stream.send(DATA, b"", shares)
+                progress.step()
+                sent = sum(map(len, shares))
+                self._sent_bytes += sent
+                if len(self._receipts) < self._needed():
+                    self._last_progress = trio.current_time()
+                self._on_bytes(sent)
 
     @staticmethod
     async def _raise_refusal(stream: SecureStream) -> None:

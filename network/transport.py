@@ -26,7 +26,7 @@ MAGIC = b"DCS\x01"
 _PROLOGUE = b"dcsfs 2026 v1 transport"
 _PREFIX = struct.Struct(">IIH")
 _PAYLOAD_MAX = MESSAGE_BYTES_MAX - TAG_BYTES
-_RECEIVE_BUFFER_BYTES = 256 * 1024
+_RECEIVE_BUFFER_BYTES = 320 * 1024  # a whole frame of four shares, and the next one's head
 _RECEIVE_BUFFER_BYTES_FIRST = 4096
 _HANDSHAKE_MESSAGE_MAX = 1024
 _OUTPUT_BYTES = 272 * 1024  # a frame of four shares with its tags
@@ -88,10 +88,10 @@ class SecureStream:
         self.peer = peer
         """The peer's certificate; None for an anonymous initiator."""
         self._header_bytes_max = header_bytes_max
-        self._input = bytearray(_RECEIVE_BUFFER_BYTES_FIRST)
+        self._input = memoryview(bytearray(_RECEIVE_BUFFER_BYTES_FIRST))
         self._start = 0
         self._end = 0
-        self._plain = bytearray()
+        self._plain = memoryview(bytearray())
         self._plain_start = 0
         self._plain_end = 0
 
@@ -141,52 +141,52 @@ class SecureStream:
         return Frame(kind, bytes(header), body)
 
     async def _read_into(self, target: memoryview) -> None:
-        position = 0
-        while position < len(target):
-            if self._plain_start < self._plain_end:
-                count = min(len(target) - position, self._plain_end - self._plain_start)
-                target[position : position + count] = memoryview(self._plain)[
-                    self._plain_start : self._plain_start + count
-                ]
+        position, wanted = 0, len(target)
+        while position < wanted:
+            ready = self._plain_end - self._plain_start
+            if ready:
+                count = min(wanted - position, ready)
+                start = self._plain_start
+                target[position : position + count] = self._plain[start : start + count]
                 self._plain_start += count
                 position += count
                 continue
             record = await self._next_record()
             size = len(record) - TAG_BYTES
-            if size <= len(target) - position:
+            if size <= wanted - position:
                 self._receiving.decrypt_into(record, target[position : position + size])
                 position += size
             else:
                 if len(self._plain) < size:
-                    self._plain = bytearray(size)
-                self._receiving.decrypt_into(record, memoryview(self._plain)[:size])
+                    self._plain = memoryview(bytearray(size))
+                self._receiving.decrypt_into(record, self._plain[:size])
                 self._plain_start, self._plain_end = 0, size
 
     async def _next_record(self) -> memoryview:
-        await self._fill(2)
-        size = int.from_bytes(self._input[self._start : self._start + 2], "big")
-        if size <= TAG_BYTES:
-            raise ProtocolError(f"record of {size} bytes is too short")
-        await self._fill(2 + size)
-        start = self._start + 2
-        self._start = start + size
-        return memoryview(self._input)[start : start + size]
+        while True:
+            start, ready, needed = self._start, self._end - self._start, 2
+            if ready >= 2:
+                size = int.from_bytes(self._input[start : start + 2], "big")
+                if size <= TAG_BYTES:
+                    raise ProtocolError(f"record of {size} bytes is too short")
+                needed = 2 + size
+                if ready >= needed:
+                    self._start = start + needed
+                    return self._input[start + 2 : start + needed]
+            await self._fill(needed)
 
     async def _fill(self, count: int) -> None:
         """Have at least `count` ciphertext bytes buffered."""
-        if self._end - self._start >= count:
-            return
         if count > len(self._input):  # piece data comes in: from now on take much at a time
-            grown = bytearray(_RECEIVE_BUFFER_BYTES)  # a new one: views of the old may live on
+            grown = memoryview(bytearray(_RECEIVE_BUFFER_BYTES))  # views of the old may live on
             grown[: len(self._input)] = self._input
             self._input = grown
         if self._start and (self._start == self._end or self._start + count > len(self._input)):
             rest = self._end - self._start
             self._input[:rest] = self._input[self._start : self._end]
             self._start, self._end = 0, rest
-        view = memoryview(self._input)
         while self._end - self._start < count:
-            received = await self._raw.receive_into(view[self._end :])
+            received = await self._raw.receive_into(self._input[self._end :])
             if received == 0:
                 raise Unavailable("connection was closed by the peer")
             self._end += received

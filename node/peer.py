@@ -51,7 +51,7 @@ from network.orders import (
 )
 from network.piecehash import piece_root, share_hash, verify_piece_path
 from network.rpc import DATA, OK, Call, ConnectionPool, Server
-from network.runtime import Listener, Runtime, now_s, with_deadline
+from network.runtime import Listener, ProgressDeadline, Runtime, now_s, with_deadline
 from node.config import NodeConfig
 from node.log import Region
 from node.store import PieceRecord, PieceStore
@@ -106,8 +106,9 @@ class SyncGroup:
             if not group:
                 continue
             try:
-                await self._runtime.offload(self._store.sync, {item.region.file for item in group})
-                self._store.publish([(item.region, item.record) for item in group])
+                finished = [(item.region, item.record) for item in group]
+                await self._runtime.offload(self._store.sync_pieces, finished)
+                self._store.publish(finished)
             except OSError as error:
                 failure = NodeFull(f"this node's disk failed: {error.strerror}")
                 for item in group:
@@ -282,25 +283,23 @@ class Node:
         buffer = memoryview(bytearray(PIECE_FRAME_SHARES * RECORD_BYTES))
         hashes: list[bytes] = []
         written = 0
-        while len(hashes) < len(sizes):
-            frame = await with_deadline(
-                PIECE_PROGRESS_DEADLINE_S * 3,
-                "receiving shares",
-                lambda: call.stream.receive(buffer),
-            )
-            position = 0
-            while position < len(frame.body):
-                if len(hashes) == len(sizes):
-                    raise ProtocolError("more shares than announced")
-                share = frame.body[position : position + sizes[len(hashes)]]
-                if len(share) != sizes[len(hashes)]:
-                    raise ProtocolError("a frame must hold whole shares")
-                hashes.append(share_hash(share))
-                position += len(share)
-            if frame.kind != DATA or position == 0:
-                raise ProtocolError("expected shares")
-            self.store.write(region, written, frame.body)
-            written += position
+        with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S * 3, "receiving shares") as progress:
+            while len(hashes) < len(sizes):
+                frame = await call.stream.receive(buffer)
+                progress.step()
+                position = 0
+                while position < len(frame.body):
+                    if len(hashes) == len(sizes):
+                        raise ProtocolError("more shares than announced")
+                    share = frame.body[position : position + sizes[len(hashes)]]
+                    if len(share) != sizes[len(hashes)]:
+                        raise ProtocolError("a frame must hold whole shares")
+                    hashes.append(share_hash(share))
+                    position += len(share)
+                if frame.kind != DATA or position == 0:
+                    raise ProtocolError("expected shares")
+                self.store.write(region, written, frame.body)
+                written += position
         return b"".join(hashes)
 
     async def _finish_record(self, call: Call[PutPieceRequest], hashes: bytes) -> PieceRecord:
@@ -367,20 +366,17 @@ class Node:
         step = PIECE_FRAME_SHARES * record.share_size
         run = min(max(1, _READ_BYTES_MAX // step) * step, end - start)
         buffer = memoryview(bytearray(run))
-        while start < end:
-            target = buffer[: min(run, end - start)]
-            count = await self._runtime.offload(self.store.read_into, region, start, target)
-            if count < len(target):
-                raise NotFound("this node has lost the piece's bytes")
-            for position in range(0, count, step):
-                part = target[position : position + step]
-                await with_deadline(
-                    PIECE_PROGRESS_DEADLINE_S,
-                    "sending shares",
-                    lambda part=part: call.stream.send(DATA, b"", (part,)),  # type: ignore[misc]  # mypy cannot infer a lambda's default
-                )
-            self.served_bytes += count
-            start += count
+        with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "sending shares") as progress:
+            while start < end:
+                target = buffer[: min(run, end - start)]
+                count = await self._runtime.offload(self.store.read_into, region, start, target)
+                if count < len(target):
+                    raise NotFound("this node has lost the piece's bytes")
+                for position in range(0, count, step):
+                    await call.stream.send(DATA, b"", (target[position : position + step],))
+                    progress.step()
+                self.served_bytes += count
+                start += count
 
     async def _delete(self, call: Call[DeletePieceRequest]) -> Empty:
         self._admit(call.request.limit, call.request.proof, {Action.DELETE})

@@ -237,9 +237,20 @@ class PieceStore:
             raise NodeFull(f"this node's disk refused a write: {error.strerror}") from error
 
     def sync(self, files: set[int]) -> None:
-        """Make finished regions durable; safe in a thread beside other calls."""
+        """Make log files durable; safe in a thread beside other calls."""
         self._log.sync(files)
         self.syncs += 1
+
+    def sync_pieces(self, finished: list[tuple[Region, PieceRecord]]) -> None:
+        """Make finished pieces durable; safe in a thread beside other calls.
+
+        The latter half of a segment's indices, parity as a rule, is read only when other nodes
+        fail: it does not stay in the page cache.
+        """
+        self.sync({region.file for region, _ in finished})
+        for region, record in finished:
+            if 2 * record.index >= record.total:
+                self._log.forget_pages(region)
 
     def publish(self, finished: list[tuple[Region, PieceRecord]]) -> None:
         """Index pieces that `sync` has made durable."""
