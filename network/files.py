@@ -71,3 +71,11 @@ class DirectoryLock:
     def release(self) -> None:
         """Give the directory free."""
         os.close(self._descriptor)
+
+
+def open_direct(path: Path) -> int | None:
+    """A descriptor for aligned writes past the page cache; None where there is no such thing."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None

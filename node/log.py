@@ -110,9 +110,7 @@ class PieceLog:
     def forget_pages(self, region: Region) -> None:
         """Give a synced region's page cache back: its pages serve the next writes, still warm."""
         descriptor = self._files[region.file]
-        os.posix_fadvise(
-            descriptor, region.body_offset, region.body_bytes, os.POSIX_FADV_DONTNEED
-        )
+        os.posix_fadvise(descriptor, region.body_offset, region.body_bytes, os.POSIX_FADV_DONTNEED)
 
     def read_into(self, file: int, offset: int, target: memoryview) -> int:
         """Fill `target` from a file; returns the bytes read, fewer at the end of the file."""

@@ -1,4 +1,4 @@
-"""The clean cache: ciphertext runs of extents, by diskcache, in slab files.
+"""The clean cache: ciphertext runs of extents in slab files, indexed by diskcache.
 
 Values are the network's own ciphertext: encrypted at rest for free, and authenticated whenever
 they are used, so a damaged cache costs a download, never a wrong byte. Losing it all is harmless.
@@ -6,14 +6,19 @@ they are used, so a damaged cache costs a download, never a wrong byte. Losing i
 
 import contextlib
 import logging
+import mmap
 import os
 import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diskcache
 import trio
 
+from network.files import open_direct
 from network.ids import ExtentID
 from network.limits import RECORD_BYTES
 from network.runtime import Runtime
@@ -22,23 +27,46 @@ log = logging.getLogger(__name__)
 
 RUN_RECORDS = 16
 """A run is up to 16 records: 1 MiB of plaintext."""
-_SLOT_BYTES = (RECORD_BYTES, 4 * RECORD_BYTES, RUN_RECORDS * RECORD_BYTES)
+_BLOCK_BYTES = 4096
+"""Direct writes start and end on this."""
+_SLOT_BYTES = tuple(
+    -(-records * RECORD_BYTES // _BLOCK_BYTES) * _BLOCK_BYTES for records in (1, 4, RUN_RECORDS)
+)
+_DIRECT_CLASS = len(_SLOT_BYTES) - 1
 _MODE_BINARY = 2
+PUTS_AT_ONCE = 2
+"""Further runs are not kept: a reader that is faster than the disk goes on at its own speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a value of `length` bytes lies: slot `number` of one slab file."""
+
+    size_class: int
+    number: int
+    length: int
+
+    @property
+    def offset(self) -> int:
+        """Byte offset in the slab file."""
+        return self.number * _SLOT_BYTES[self.size_class]
 
 
 class SlabDisk(diskcache.Disk):
-    """Keeps values in three sparse files of equal slots, instead of a file per value."""
+    """diskcache's view of three sparse files of equal slots: its values are Slots.
+
+    The bytes themselves are written before `set` and read after `get`, by the caller.
+    """
 
     def __init__(self, directory: str, **settings: Any) -> None:
         super().__init__(directory, **settings)
-        self._descriptors = [
-            os.open(
-                Path(directory) / f"slots-{size}.slab", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
-            for size in _SLOT_BYTES
-        ]
+        paths = [Path(directory) / f"slots-{size}.slab" for size in _SLOT_BYTES]
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._descriptors = [os.open(path, flags, 0o600) for path in paths]
+        self._direct = open_direct(paths[_DIRECT_CLASS])
         self._used: list[set[int]] = [set() for _ in _SLOT_BYTES]
         self._free: list[list[int]] = [[] for _ in _SLOT_BYTES]
+        self._pinned: Counter[tuple[int, int]] = Counter()
         self._load_used(Path(directory) / "cache.db")
 
     def _load_used(self, database: Path) -> None:
@@ -48,52 +76,109 @@ class SlabDisk(diskcache.Disk):
         with contextlib.suppress(sqlite3.Error):
             rows = connection.execute("SELECT filename FROM Cache WHERE filename IS NOT NULL")
             for (name,) in rows:
-                size_class, slot = self._parse(name)
-                self._used[size_class].add(slot)
+                slot = self._parse(name)
+                self._used[slot.size_class].add(slot.number)
         connection.close()
         for size_class, used in enumerate(self._used):
             self._free[size_class] = sorted(set(range(max(used, default=-1) + 1)) - used)
 
     @staticmethod
-    def _parse(name: str) -> tuple[int, int]:
-        _, size_class, slot, _ = name.split("-")
-        return int(size_class), int(slot)
+    def _parse(name: str) -> Slot:
+        _, size_class, number, length = name.split("-")
+        return Slot(int(size_class), int(number), int(length))
+
+    def allocate(self, length: int) -> Slot:
+        """Claim a free slot that nobody reads."""
+        size_class = next(i for i, size in enumerate(_SLOT_BYTES) if length <= size)
+        free, used = self._free[size_class], self._used[size_class]
+        number = len(used) + len(free)
+        for position in range(len(free) - 1, -1, -1):
+            if (size_class, free[position]) not in self._pinned:
+                number = free.pop(position)
+                break
+        used.add(number)
+        return Slot(size_class, number, length)
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back; diskcache may have done so already when `set` failed."""
+        if slot.number in self._used[slot.size_class]:
+            self._used[slot.size_class].remove(slot.number)
+            self._free[slot.size_class].append(slot.number)
+
+    def write(self, slot: Slot, data: bytes) -> None:
+        """Write a value through the page cache; raises OSError."""
+        os.pwrite(self._descriptors[slot.size_class], data, slot.offset)
+
+    @property
+    def writes_directly(self) -> bool:
+        """Whether the file system lets values pass the page cache."""
+        return self._direct is not None
+
+    def write_direct(self, slot: Slot, block: memoryview) -> None:
+        """Write an aligned block past the page cache, for a thread; raises OSError."""
+        assert self._direct is not None
+        os.pwrite(self._direct, block, slot.offset)
+
+    def read(self, slot: Slot) -> bytes:
+        """Read a value, for a thread; raises OSError."""
+        return os.pread(self._descriptors[slot.size_class], slot.length, slot.offset)
+
+    @contextlib.contextmanager
+    def pinned(self, slot: Slot) -> Iterator[None]:
+        """Keep a slot from being used again while it is read."""
+        key = (slot.size_class, slot.number)
+        self._pinned[key] += 1
+        try:
+            yield
+        finally:
+            self._pinned[key] -= 1
+            if not self._pinned[key]:
+                del self._pinned[key]
 
     def store(self, value: Any, read: bool, key: object = diskcache.UNKNOWN) -> Any:
-        """Write a value of bytes into a free slot."""
-        if type(value) not in (bytes, memoryview, bytearray):
+        """Index a slot that has been written."""
+        if not isinstance(value, Slot):
             return super().store(value, read, key)
-        size_class = next(i for i, size in enumerate(_SLOT_BYTES) if len(value) <= size)
-        free, used = self._free[size_class], self._used[size_class]
-        slot = free.pop() if free else len(used)
-        used.add(slot)
-        os.pwrite(self._descriptors[size_class], value, slot * _SLOT_BYTES[size_class])
-        return len(value), _MODE_BINARY, f"slot-{size_class}-{slot}-{len(value)}", None
+        name = f"slot-{value.size_class}-{value.number}-{value.length}"
+        return value.length, _MODE_BINARY, name, None
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        """Read a value back."""
+        """The slot of an indexed value."""
         if mode != _MODE_BINARY or filename is None:
             return super().fetch(mode, filename, value, read)
-        _, size_class, slot, size = filename.split("-")
-        offset = int(slot) * _SLOT_BYTES[int(size_class)]
-        return os.pread(self._descriptors[int(size_class)], int(size), offset)
+        return self._parse(filename)
 
     def remove(self, file_path: str) -> None:
-        """Give a slot back."""
-        size_class, slot = self._parse(file_path)
-        self._used[size_class].discard(slot)
-        self._free[size_class].append(slot)
+        """diskcache lets a value go."""
+        self.release(self._parse(Path(file_path).name))
+
+    def close(self) -> None:
+        """Close the slab files."""
+        for descriptor in (*self._descriptors, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 class CleanCache:
-    """Runs of extents by (extent id, run number)."""
+    """Runs of extents by (extent id, run number).
+
+    The index is read and changed on the loop (SQLite in the page cache, tens of microseconds);
+    bytes move in threads. Large runs pass the page cache: they are in memory already, as plaintext
+    and in the kernel, and fresh pages cost more than the whole rest of a read.
+    """
 
     def __init__(self, directory: Path, size_bytes: int, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._lock = trio.Lock()
         self._cache = self._open(directory, size_bytes)
+        disk = self._cache.disk
+        assert isinstance(disk, SlabDisk)
+        self._disk = disk
+        self._blocks: list[mmap.mmap] = []
+        self._putting = 0
         self.hits = 0
         self.misses = 0
+        self.skipped = 0
+        """Runs not kept because the disk was behind."""
 
     @staticmethod
     def _open(directory: Path, size_bytes: int) -> diskcache.Cache:
@@ -118,35 +203,63 @@ class CleanCache:
 
     async def get(self, extent_id: ExtentID, run: int) -> bytes | None:
         """A run's ciphertext, not yet authenticated; None if absent or unreadable."""
-        async with self._lock:
-            data = await self._runtime.offload(self._get, self._name(extent_id, run))
-        if data is None:
-            self.misses += 1
-        else:
-            self.hits += 1
-        return data
-
-    def _get(self, name: str) -> bytes | None:
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
-            found = self._cache.get(name)
+            slot = self._cache.get(self._name(extent_id, run))
+            if not isinstance(slot, Slot):
+                self.misses += 1
+                return None
+            with self._disk.pinned(slot):
+                data = await self._runtime.offload(self._disk.read, slot)
         except (OSError, sqlite3.Error, ValueError) as error:
             log.warning("clean cache read failed: %s", error)
             return None
-        return found if isinstance(found, bytes) else None
+        self.hits += 1
+        return data
 
     async def put(self, runs: list[tuple[ExtentID, int, list[memoryview]]]) -> None:
-        """Keep runs; a failing disk only costs speed.
+        """Keep runs if the disk is not behind; a failing disk only costs speed.
 
-        Page-cache writes on the loop, one run at a time: a thread would have to win the
-        interpreter lock back after each of diskcache's statements (docs/decisions/0006).
+        If cancelled, some are kept.
         """
-        for extent_id, run, parts in runs:
-            await trio.lowlevel.checkpoint()
-            try:
-                self._cache.set(self._name(extent_id, run), b"".join(parts))
-            except (OSError, sqlite3.Error) as error:
-                log.warning("clean cache write failed: %s", error)
-                return
+        if self._putting >= PUTS_AT_ONCE:
+            self.skipped += len(runs)
+            return
+        self._putting += 1
+        try:
+            for extent_id, run, parts in runs:
+                await trio.lowlevel.checkpoint()
+                await self._put(self._name(extent_id, run), parts)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("clean cache write failed: %s", error)
+        finally:
+            self._putting -= 1
+
+    async def _put(self, name: str, parts: list[memoryview]) -> None:
+        slot = self._disk.allocate(sum(map(len, parts)))
+        try:
+            if slot.size_class == _DIRECT_CLASS and self._disk.writes_directly:
+                await self._write_direct(slot, parts)
+            else:
+                self._disk.write(slot, b"".join(parts))
+            self._cache.set(name, slot)
+        except BaseException:
+            self._disk.release(slot)
+            raise
+
+    async def _write_direct(self, slot: Slot, parts: list[memoryview]) -> None:
+        block = self._blocks.pop() if self._blocks else mmap.mmap(-1, _SLOT_BYTES[_DIRECT_CLASS])
+        try:
+            position = 0
+            for part in parts:
+                block[position : position + len(part)] = part
+                position += len(part)
+            length = -(-position // _BLOCK_BYTES) * _BLOCK_BYTES
+            # Shielded: the thread would go on with a slot and a block that others use.
+            with trio.CancelScope(shield=True), memoryview(block) as view, view[:length] as aligned:
+                await self._runtime.offload(self._disk.write_direct, slot, aligned)
+        finally:
+            self._blocks.append(block)
 
     async def drop(self, extent_id: ExtentID, run: int) -> None:
         """Forget a run that failed its authentication."""
@@ -159,5 +272,6 @@ class CleanCache:
         return self._cache.volume()
 
     def close(self) -> None:
-        """Close the index."""
+        """Close the index and the slab files."""
         self._cache.close()
+        self._disk.close()
