@@ -30,7 +30,7 @@ from network.messages import GET_PIECE, GetPieceRequest, PieceGrant, PieceInfo, 
 from network.orders import Order, sign_order
 from network.redundancy import RedundancyScheme, SegmentLayout
 from network.rpc import ConnectionPool, check_reply
-from network.runtime import ProgressDeadline, with_deadline
+from network.runtime import ProgressDeadline
 from network.segment import decode_stripe
 
 log = logging.getLogger(__name__)
@@ -300,19 +300,18 @@ class SegmentReader:
             source.grant.limit, source.grant.proof, order, task.first, task.count
         )
         async with self._pool.lease(source.grant.address) as stream:
-
-            async def open_piece() -> PieceInfo:
-                await stream.send(GET_PIECE.code, pack(request))
-                return unpack(PieceInfo, check_reply(await stream.receive()).header)
-
-            info = await with_deadline(PIECE_PROGRESS_DEADLINE_S, "opening a piece", open_piece)
-            hashes = self._verified_hashes(source, task.index, info)
             with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "receiving shares") as progress:
+                await stream.send(GET_PIECE.code, pack(request))
+                frame = check_reply(await stream.receive())
+                info = unpack(PieceInfo, frame.header)
+                hashes = self._verified_hashes(source, task.index, info)
                 stripe, end = task.first, task.first + task.count
-                while stripe < end:
-                    body = check_reply(await stream.receive()).body
+                while True:
                     progress.step()
-                    stripe = self._take_shares(read, task, body, stripe, hashes)
+                    stripe = self._take_shares(read, task, frame.body, stripe, hashes)
+                    if stripe == end:
+                        return
+                    frame = check_reply(await stream.receive())
 
     def _take_shares(
         self, read: _Read, task: _Task, body: memoryview, stripe: int, hashes: bytes

@@ -6,7 +6,8 @@ from network.units import KiB, MiB
 FRAME_HEADER_BYTES_MAX = 24 * MiB  # an `apply` of 16,384 operations with their seals
 FRAME_HEADER_BYTES_NODE = 64 * KiB  # nodes take no batches: strangers cannot make them allocate
 FRAME_BODY_BYTES_MAX = 1 * MiB  # piece data travels in runs of at most PIECE_FRAME_SHARES shares
-PIECE_FRAME_SHARES = 4  # 262,208 bytes: past 256 KiB a send gains nothing more
+PUT_FRAME_SHARES = 4  # 262,208 bytes: what 160 uploads at once may hold in buffers
+GET_FRAME_SHARES = 8  # 524,416 bytes: half the frames, and a read has at most 58 connections
 ERROR_TEXT_BYTES_MAX = 2 * KiB
 
 # Deadlines

@@ -18,8 +18,8 @@ from network.errors import DcsError, NotEnoughNodes, Unavailable
 from network.ids import Hash, NodeID
 from network.limits import (
     DEGRADED_COMMIT_AFTER_S,
-    PIECE_FRAME_SHARES,
     PIECE_PROGRESS_DEADLINE_S,
+    PUT_FRAME_SHARES,
 )
 from network.messages import PUT_PIECE, FinishPiece, PieceGrant, PutPieceRequest, StoredPiece
 from network.orders import Receipt, sign_order, verify_receipt
@@ -213,8 +213,8 @@ class SegmentUpload:
     async def _send_shares(self, stream: SecureStream, index: int) -> None:
         layout = self._encoder.layout
         with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "sending shares") as progress:
-            for first in range(0, layout.stripes, PIECE_FRAME_SHARES):
-                count = min(PIECE_FRAME_SHARES, layout.stripes - first)
+            for first in range(0, layout.stripes, PUT_FRAME_SHARES):
+                count = min(PUT_FRAME_SHARES, layout.stripes - first)
                 shares = await self._encoder.shares(index, first, count)
                 await stream.send(DATA, b"", shares)
                 progress.step()

@@ -116,6 +116,13 @@ class PieceLog:
         """Fill `target` from a file; returns the bytes read, fewer at the end of the file."""
         return os.preadv(self._files[file], [target], offset)
 
+    def read_cached(self, file: int, offset: int, target: memoryview) -> int:
+        """As `read_into`, but only what the page cache has: never waits for the disk."""
+        try:
+            return os.preadv(self._files[file], [target], offset, os.RWF_NOWAIT)
+        except OSError:  # nothing cached, or a file system that cannot tell
+            return 0
+
     def read(self, file: int, offset: int, count: int) -> bytes:
         """Read raw bytes; shorter at the end of the file."""
         return os.pread(self._files[file], count, offset)

@@ -24,8 +24,9 @@ from network.ids import PublicKey, SerialNumber
 from network.limits import (
     CHECK_IN_INTERVAL_S,
     FRAME_HEADER_BYTES_NODE,
-    PIECE_FRAME_SHARES,
+    GET_FRAME_SHARES,
     PIECE_PROGRESS_DEADLINE_S,
+    PUT_FRAME_SHARES,
     RECORD_BYTES,
     STRIPES_MAX,
 )
@@ -59,9 +60,9 @@ from node.store import PieceRecord, PieceStore
 log = logging.getLogger(__name__)
 
 _VERIFIED_LIMITS_MAX = 4096
-_READ_BYTES_MAX = 1 << 20
 CHECK_IN_RETRY_S = 2.0
-SAVE_SPENT_INTERVAL_S = 1.0
+SAVE_SPENT_INTERVAL_S = 5.0
+"""A crash forgets what was served since: the node's loss, and small."""
 
 
 @dataclass(slots=True)
@@ -280,7 +281,7 @@ class Node:
     async def _receive_shares(
         self, call: Call[PutPieceRequest], region: Region, sizes: list[int]
     ) -> bytes:
-        buffer = memoryview(bytearray(PIECE_FRAME_SHARES * RECORD_BYTES))
+        buffer = memoryview(bytearray(PUT_FRAME_SHARES * RECORD_BYTES))
         hashes: list[bytes] = []
         written = 0
         with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S * 3, "receiving shares") as progress:
@@ -360,21 +361,20 @@ class Node:
             record.share_hashes,
             record.path,
         )
-        await with_deadline(
-            PIECE_PROGRESS_DEADLINE_S, "sending hashes", lambda: call.stream.send(OK, pack(info))
-        )
-        step = PIECE_FRAME_SHARES * record.share_size
-        run = min(max(1, _READ_BYTES_MAX // step) * step, end - start)
-        buffer = memoryview(bytearray(run))
+        step = GET_FRAME_SHARES * record.share_size
+        buffer = memoryview(bytearray(min(step, end - start)))
+        kind, header = OK, pack(info)
         with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "sending shares") as progress:
             while start < end:
-                target = buffer[: min(run, end - start)]
-                count = await self._runtime.offload(self.store.read_into, region, start, target)
+                target = buffer[: end - start]
+                count = self.store.read_cached(region, start, target)
+                if count < len(target):
+                    count = await self._runtime.offload(self.store.read_into, region, start, target)
                 if count < len(target):
                     raise NotFound("this node has lost the piece's bytes")
-                for position in range(0, count, step):
-                    await call.stream.send(DATA, b"", (target[position : position + step],))
-                    progress.step()
+                await call.stream.send(kind, header, (target,))
+                progress.step()
+                kind, header = DATA, b""
                 self.served_bytes += count
                 start += count
 

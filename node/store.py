@@ -188,7 +188,7 @@ class PieceStore:
         self._spent[limit.serial] = (limit, order, used)
 
     def save_spent(self) -> None:
-        """Write what has been spent since the last call; called every second and at a stop."""
+        """Write what has been spent since the last call; called every few seconds and at a stop."""
         if not self._spent:
             return
         self._db.execute("BEGIN")
@@ -275,8 +275,12 @@ class PieceStore:
         return found
 
     def read_into(self, region: Region, position: int, target: memoryview) -> int:
-        """Bytes of a piece, as the disk has them: the reader verifies."""
+        """Bytes of a piece, as the disk has them: the reader verifies. For a thread."""
         return self._log.read_into(region.file, region.body_offset + position, target)
+
+    def read_cached(self, region: Region, position: int, target: memoryview) -> int:
+        """As `read_into`, without waiting: 0 or fewer bytes when they are not in memory."""
+        return self._log.read_cached(region.file, region.body_offset + position, target)
 
     def begin_delete(self, piece_id: PieceID) -> int | None:
         """Log a deletion; returns the log file to `sync` before `end_delete`, None if absent."""

@@ -34,8 +34,10 @@ _SLOT_BYTES = tuple(
 )
 _DIRECT_CLASS = len(_SLOT_BYTES) - 1
 _MODE_BINARY = 2
-PUTS_AT_ONCE = 2
-"""Further runs are not kept: a reader that is faster than the disk goes on at its own speed."""
+RUNS_AT_ONCE = 8
+"""Written in one call to a thread and indexed in one transaction."""
+Run = tuple[ExtentID, int, list[memoryview]]
+"""Extent, run number, the ciphertext in consecutive parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,11 @@ class SlabDisk(diskcache.Disk):
         """Whether the file system lets values pass the page cache."""
         return self._direct is not None
 
-    def write_direct(self, slot: Slot, block: memoryview) -> None:
-        """Write an aligned block past the page cache, for a thread; raises OSError."""
+    def write_direct(self, writes: list[tuple[Slot, memoryview]]) -> None:
+        """Write aligned blocks past the page cache, for a thread; raises OSError."""
         assert self._direct is not None
-        os.pwrite(self._direct, block, slot.offset)
+        for slot, block in writes:
+            os.pwrite(self._direct, block, slot.offset)
 
     def read(self, slot: Slot) -> bytes:
         """Read a value, for a thread; raises OSError."""
@@ -173,12 +176,14 @@ class CleanCache:
         disk = self._cache.disk
         assert isinstance(disk, SlabDisk)
         self._disk = disk
-        self._blocks: list[mmap.mmap] = []
-        self._putting = 0
+        self._blocks = [
+            memoryview(mmap.mmap(-1, _SLOT_BYTES[_DIRECT_CLASS])) for _ in range(RUNS_AT_ONCE)
+        ]
+        self._is_putting = False
         self.hits = 0
         self.misses = 0
         self.skipped = 0
-        """Runs not kept because the disk was behind."""
+        """Runs not kept: a reader that is faster than the disk goes on at its own speed."""
 
     @staticmethod
     def _open(directory: Path, size_bytes: int) -> diskcache.Cache:
@@ -217,49 +222,51 @@ class CleanCache:
         self.hits += 1
         return data
 
-    async def put(self, runs: list[tuple[ExtentID, int, list[memoryview]]]) -> None:
+    async def put(self, runs: list[Run]) -> None:
         """Keep runs if the disk is not behind; a failing disk only costs speed.
 
         If cancelled, some are kept.
         """
-        if self._putting >= PUTS_AT_ONCE:
+        if self._is_putting:
             self.skipped += len(runs)
             return
-        self._putting += 1
+        self._is_putting = True
         try:
-            for extent_id, run, parts in runs:
+            for batch in _batches(runs):
                 await trio.lowlevel.checkpoint()
-                await self._put(self._name(extent_id, run), parts)
-        except (OSError, sqlite3.Error) as error:
+                await self._put(batch)
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             log.warning("clean cache write failed: %s", error)
         finally:
-            self._putting -= 1
+            self._is_putting = False
 
-    async def _put(self, name: str, parts: list[memoryview]) -> None:
-        slot = self._disk.allocate(sum(map(len, parts)))
+    async def _put(self, batch: list[Run]) -> None:
+        slots = [self._disk.allocate(sum(map(len, parts))) for _, _, parts in batch]
         try:
-            if slot.size_class == _DIRECT_CLASS and self._disk.writes_directly:
-                await self._write_direct(slot, parts)
+            if slots[0].size_class == _DIRECT_CLASS and self._disk.writes_directly:
+                await self._write_direct(slots, batch)
             else:
-                self._disk.write(slot, b"".join(parts))
-            self._cache.set(name, slot)
+                for slot, (_, _, parts) in zip(slots, batch, strict=True):
+                    self._disk.write(slot, b"".join(parts))
+            with self._cache.transact():
+                for slot, (extent_id, run, _) in zip(slots, batch, strict=True):
+                    self._cache.set(self._name(extent_id, run), slot)
         except BaseException:
-            self._disk.release(slot)
+            for slot in slots:
+                self._disk.release(slot)
             raise
 
-    async def _write_direct(self, slot: Slot, parts: list[memoryview]) -> None:
-        block = self._blocks.pop() if self._blocks else mmap.mmap(-1, _SLOT_BYTES[_DIRECT_CLASS])
-        try:
+    async def _write_direct(self, slots: list[Slot], batch: list[Run]) -> None:
+        writes: list[tuple[Slot, memoryview]] = []
+        for slot, (_, _, parts), block in zip(slots, batch, self._blocks, strict=False):
             position = 0
             for part in parts:
                 block[position : position + len(part)] = part
                 position += len(part)
-            length = -(-position // _BLOCK_BYTES) * _BLOCK_BYTES
-            # Shielded: the thread would go on with a slot and a block that others use.
-            with trio.CancelScope(shield=True), memoryview(block) as view, view[:length] as aligned:
-                await self._runtime.offload(self._disk.write_direct, slot, aligned)
-        finally:
-            self._blocks.append(block)
+            writes.append((slot, block[: -(-position // _BLOCK_BYTES) * _BLOCK_BYTES]))
+        # Shielded: the thread would go on with slots and blocks that others use.
+        with trio.CancelScope(shield=True):
+            await self._runtime.offload(self._disk.write_direct, writes)
 
     async def drop(self, extent_id: ExtentID, run: int) -> None:
         """Forget a run that failed its authentication."""
@@ -275,3 +282,17 @@ class CleanCache:
         """Close the index and the slab files."""
         self._cache.close()
         self._disk.close()
+
+
+def _batches(runs: list[Run]) -> list[list[Run]]:
+    """Consecutive runs that go to disk together: all large, or all not, RUNS_AT_ONCE at most."""
+    batches: list[list[Run]] = []
+    limit, was_large = _SLOT_BYTES[_DIRECT_CLASS - 1], False
+    for item in runs:
+        is_large = sum(map(len, item[2])) > limit
+        if batches and is_large == was_large and len(batches[-1]) < RUNS_AT_ONCE:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+        was_large = is_large
+    return batches

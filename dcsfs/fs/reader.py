@@ -27,11 +27,14 @@ log = logging.getLogger(__name__)
 
 RUN_BYTES = RUN_RECORDS * RECORD_PLAINTEXT_BYTES
 RUN_CIPHERTEXT = RUN_RECORDS * RECORD_BYTES
-RUNS_KEPT = 104
-"""Decrypted runs in memory: 104 MiB."""
-SPAN_RUNS_MAX = 36
+RUNS_KEPT = 136
+"""Decrypted runs in memory: 136 MiB."""
+PASSED_RUNS_KEPT = 8
+"""Of those a stream has read to the end: the kernel's requests may come out of order."""
+SPAN_RUNS_MAX = 60
+"""A streamed segment in one request per node."""
 WINDOW_BYTES_MIN = 2 * MiB
-WINDOW_BYTES_MAX = 72 * MiB
+WINDOW_BYTES_MAX = 112 * MiB
 RANDOM_READ_BYTES_MAX = 64 * 1024
 OUT_OF_ORDER_BYTES_MAX = 2 * MiB
 _LOG_RECORDS_KEPT = 4
@@ -75,6 +78,7 @@ class Reader:
         self._client = volume.client
         self._nursery = nursery
         self._runs: OrderedDict[RunKey, memoryview] = OrderedDict()
+        self._passed: OrderedDict[RunKey, None] = OrderedDict()
         self._fetching: dict[RunKey, trio.Event] = {}
         self._failures: dict[RunKey, Exception] = {}
         self._records: OrderedDict[int, memoryview] = OrderedDict()
@@ -196,6 +200,8 @@ class Reader:
             plain = await self._run(inode, row, number)
             base = number * RUN_BYTES
             parts.append(plain[max(0, start - base) : end - base])
+            if is_sequential and end - base >= len(plain):
+                self._passed[row.extent_id, number] = None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _wanted(self, inode: Inode, row: Row, number: int) -> _Wanted:
@@ -236,9 +242,14 @@ class Reader:
         return plain
 
     def _keep(self, key: RunKey, plain: memoryview) -> None:
+        """Remember a run; what a stream has read through goes first, then the least recent."""
         self._runs[key] = plain
         while len(self._runs) > RUNS_KEPT:
-            self._runs.popitem(last=False)
+            if len(self._passed) > PASSED_RUNS_KEPT:
+                self._runs.pop(self._passed.popitem(last=False)[0], None)
+            else:
+                oldest, _ = self._runs.popitem(last=False)
+                self._passed.pop(oldest, None)
 
     async def _run(self, inode: Inode, row: Row, number: int) -> memoryview:
         wanted = self._wanted(inode, row, number)

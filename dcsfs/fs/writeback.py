@@ -37,8 +37,8 @@ from network.units import MiB
 
 log = logging.getLogger(__name__)
 
-FLUSH_AT_BYTES = 48 * MiB
-"""Six extents of 8 MiB: a segment with room left for what arrives while it is cut."""
+FLUSH_AT_BYTES = 56 * MiB
+"""Seven extents of 8 MiB: a segment with room left for what arrives while it is cut."""
 UPLOADS_AT_ONCE = 2
 """One segment's receipts are waited for while the next is encoded."""
 BATCHES_AHEAD_MAX = 3

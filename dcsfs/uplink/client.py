@@ -34,7 +34,7 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 INLINE_SEGMENT = SegmentID(bytes(16))
-_HANDLES_KEPT = 256
+_HANDLES_KEPT = 96
 SEGMENT_BUFFERS_KEPT = 2
 """Segment buffers are reused: zeroing and first touch of 64 MiB take 50 ms."""
 _CRYPTO_BYTES_PER_CALL = 2 * 1024 * 1024

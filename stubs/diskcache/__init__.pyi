@@ -6,6 +6,8 @@ from typing import Any
 
 UNKNOWN: Any
 
+class Timeout(Exception): ...
+
 class Disk:
     _directory: str
     min_file_size: int
