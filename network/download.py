@@ -7,7 +7,7 @@ wrong one is reported by name.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -32,11 +32,14 @@ from network.redundancy import RedundancyScheme, SegmentLayout
 from network.rpc import ConnectionPool, check_reply
 from network.runtime import ProgressDeadline
 from network.segment import decode_stripe
+from network.transport import SecureStream
 
 log = logging.getLogger(__name__)
 
 HEDGE_FLOOR_S = 0.5
-"""A share this late gets a competitor; also twice the fastest answer of the same read."""
+SLOW_FACTOR = 2.0
+"""A node that sent nothing for half a second gets a competitor; also one that takes twice as long
+as the fastest of the same read."""
 
 BadNode = Callable[[PieceGrant, str], None]
 
@@ -89,22 +92,44 @@ class SegmentHandle:
 
 @dataclass(slots=True)
 class _Task:
+    """One request to one node: shares [first, first + count) of piece `index`."""
+
     index: int
     first: int
     count: int
     started: float
-    hedged: bool = False
+    moved_at: float
+    """When bytes last came."""
+    stream: SecureStream | None = None
+    seen_bytes: int = 0
+    is_late: bool = False
+
+
+@dataclass(slots=True)
+class _Stripe:
+    wanted: list[int]
+    """Data indices that the caller wants, in order."""
+    missing: set[int]
+    """Those that have not come yet."""
+    have: dict[int, memoryview] = field(default_factory=dict)
+
+    def is_ready(self, required: int) -> bool:
+        return not self.missing or len(self.have) >= required
 
 
 @dataclass(slots=True)
 class _Read:
-    needed: set[tuple[int, int]]
-    """(stripe, data index) that the caller wants."""
-    have: dict[int, dict[int, memoryview]] = field(default_factory=dict)
+    stripes: dict[int, _Stripe]
+    """Not delivered yet, in order."""
     running: dict[int, _Task] = field(default_factory=dict)
     tried: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     fastest_s: float | None = None
+    news: trio.Event = field(default_factory=trio.Event)
+
+
+Deliver = Callable[[list[memoryview]], Awaitable[None]]
+"""Takes consecutive verified parts; may raise DcsError to end the read."""
 
 
 class SegmentReader:
@@ -119,131 +144,123 @@ class SegmentReader:
     ) -> None:
         self._pool = pool
         self._handle = handle
+        self._required = handle.scheme.required
         self._on_bad_node = on_bad_node
         self._on_bytes = on_bytes
         self.verified_bytes = 0
 
     async def read(self, start: int, end: int) -> list[memoryview]:
-        """Bytes [start, end) of the segment as consecutive views, verified.
+        """Bytes [start, end) of the segment as consecutive views, verified; see `stream`."""
+        found: list[memoryview] = []
 
-        Raises TooFewShares when some stripe has fewer than k intact reachable shares. The caller
-        sets the overall deadline; if cancelled, connections in use are dropped.
+        async def collect(parts: list[memoryview]) -> None:
+            found.extend(parts)
+
+        await self.stream(start, end, collect)
+        return found
+
+    async def stream(self, start: int, end: int, deliver: Deliver) -> None:
+        """Hand bytes [start, end) of the segment to `deliver`, stripe after stripe, verified.
+
+        Raises TooFewShares when some stripe has fewer than k intact reachable shares, and what
+        `deliver` raises. The caller sets the overall deadline; if cancelled, connections in use
+        are dropped.
         """
-        layout, k = self._handle.layout, self._handle.scheme.required
-        wanted = layout.shares_of(start, end)
-        read = _Read(set(wanted))
+        read = _Read({})
         direct: dict[int, list[int]] = {}
-        for stripe, index in wanted:
+        for stripe, index in self._handle.layout.shares_of(start, end):
             direct.setdefault(index, []).append(stripe)
-            read.have.setdefault(stripe, {})
-        await self._collect(read, direct)
-        decoded: dict[int, memoryview] = {}
-        for stripe in sorted(read.have):
-            shares = read.have[stripe]
-            if any((stripe, index) in read.needed and index not in shares for index in range(k)):
-                await trio.lowlevel.checkpoint()
-                decoded[stripe] = decode_stripe(self._handle.scheme, layout, stripe, shares)
-        return self._assemble(wanted, read, decoded, start, end)
-
-    def _assemble(
-        self,
-        wanted: list[tuple[int, int]],
-        read: _Read,
-        decoded: dict[int, memoryview],
-        start: int,
-        end: int,
-    ) -> list[memoryview]:
-        parts = []
-        for stripe, index in wanted:
-            size = self._handle.layout.share_bytes(stripe)
-            base = self._handle.layout.stripe_range(stripe)[0] + index * size
-            share = read.have[stripe].get(index)
-            if share is None:
-                share = decoded[stripe][index * size : (index + 1) * size]
-            low, high = max(start - base, 0), min(end - base, size)
-            parts.append(share[low:high])
-        return parts
-
-    async def _collect(self, read: _Read, direct: dict[int, list[int]]) -> None:
-        wake = trio.Event()
-        failure: TooFewShares | None = None
+            entry = read.stripes.setdefault(stripe, _Stripe([], set()))
+            entry.wanted.append(index)
+            entry.missing.add(index)
+        failure: DcsError | None = None
         async with trio.open_nursery() as nursery:
 
             def begin(index: int, first: int, count: int) -> None:
+                now = trio.current_time()
+                task = read.running[index] = _Task(index, first, count, now, now)
                 read.tried.add(index)
-                task = _Task(index, first, count, trio.current_time())
-                read.running[index] = task
-                nursery.start_soon(self._fetch, read, task, ring)
-
-            def ring() -> None:
-                wake.set()
+                nursery.start_soon(self._fetch, read, task)
 
             for index, stripes in direct.items():
                 if index in self._handle.sources:
                     begin(index, stripes[0], stripes[-1] - stripes[0] + 1)
                 else:
                     read.lost.add(index)
-            while not self._complete(read):
-                if read.lost:
-                    failure = self._start_spares(read, begin)
-                    if failure is not None:
-                        break
-                wake = trio.Event()
+            while read.stripes and failure is None:
+                number, entry = next(iter(read.stripes.items()))
+                try:
+                    if entry.is_ready(self._required):
+                        await deliver(await self._parts_of(number, entry, start, end))
+                        del read.stripes[number]
+                        continue
+                    if read.lost:
+                        self._start_spares(read, begin)
+                except DcsError as error:
+                    failure = error
+                    break
+                read.news = trio.Event()
                 with trio.move_on_after(0.05):
-                    await wake.wait()
+                    await read.news.wait()
                 self._mark_late(read)
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
-    def _complete(self, read: _Read) -> bool:
-        k = self._handle.scheme.required
-        for stripe, index in read.needed:
-            shares = read.have[stripe]
-            if index not in shares and len(shares) < k:
-                return False
-        return True
-
-    def _incomplete_stripes(self, read: _Read) -> list[int]:
-        k = self._handle.scheme.required
-        found = {
-            stripe
-            for stripe, index in read.needed
-            if index not in read.have[stripe] and len(read.have[stripe]) < k
-        }
-        return sorted(found)
+    async def _parts_of(
+        self, number: int, entry: _Stripe, start: int, end: int
+    ) -> list[memoryview]:
+        """The wanted bytes of a stripe that is ready, decoded if a data share is missing."""
+        layout = self._handle.layout
+        size, decoded = layout.share_bytes(number), None
+        if entry.missing:
+            await trio.lowlevel.checkpoint()
+            decoded = decode_stripe(self._handle.scheme, layout, number, entry.have)
+        parts = []
+        for index in entry.wanted:
+            share = entry.have.get(index)
+            if share is None:
+                assert decoded is not None
+                share = decoded[index * size : (index + 1) * size]
+            base = layout.stripe_range(number)[0] + index * size
+            parts.append(share[max(start - base, 0) : min(end - base, size)])
+        return parts
 
     def _mark_late(self, read: _Read) -> None:
+        """Have spares stand in for nodes that send nothing, or are much slower than another."""
         now = trio.current_time()
-        limit = max(HEDGE_FLOOR_S, 2 * (read.fastest_s or 0.0))
+        limit = None
+        if read.fastest_s is not None:
+            limit = max(HEDGE_FLOOR_S, SLOW_FACTOR * read.fastest_s)
         for task in read.running.values():
-            if not task.hedged and now - task.started > limit:
-                task.hedged = True
+            if task.stream is not None and task.stream.received_bytes != task.seen_bytes:
+                task.seen_bytes, task.moved_at = task.stream.received_bytes, now
+            stalled = now - task.moved_at > HEDGE_FLOOR_S
+            slow = limit is not None and now - task.started > limit
+            if not task.is_late and (stalled or slow):
+                task.is_late = True
                 read.lost.add(task.index)
 
-    def _start_spares(
-        self, read: _Read, begin: Callable[[int, int, int], None]
-    ) -> TooFewShares | None:
+    def _start_spares(self, read: _Read, begin: Callable[[int, int, int], None]) -> None:
         """Ask further indices until k of every unfinished stripe are there or on their way.
 
-        Returns the error when nobody is left to ask and nothing is on its way.
+        Raises TooFewShares when nobody is left to ask and nothing is on its way.
         """
-        stripes = self._incomplete_stripes(read)
-        if not stripes:
-            return None
-        first, count = stripes[0], stripes[-1] - stripes[0] + 1
-        k = self._handle.scheme.required
+        waiting = [n for n, entry in read.stripes.items() if not entry.is_ready(self._required)]
+        if not waiting:
+            return
+        first, count = waiting[0], waiting[-1] - waiting[0] + 1
         coming = {
             index
             for index, task in read.running.items()
-            if not task.hedged and task.first <= first and task.first + task.count >= first + count
+            if not task.is_late and task.first <= first and task.first + task.count >= first + count
         }
         present = {
             index
             for index in range(self._handle.scheme.success)
-            if all(index in read.have[stripe] for stripe in range(first, first + count))
+            if all(index in read.stripes[number].have for number in waiting)
         }
-        missing = k - len(coming | present)
+        missing = self._required - len(coming | present)
         candidates = [
             index
             for index in self._ranked()
@@ -252,11 +269,11 @@ class SegmentReader:
         for index in candidates[: max(0, missing)]:
             begin(index, first, count)
         if missing > 0 and not candidates and not read.running:
-            have = min(len(read.have[stripe]) for stripe in stripes)
-            return TooFewShares(
-                f"segment {self._handle.segment_id}: {have} of {k} needed pieces can be read"
+            have = min(len(read.stripes[number].have) for number in waiting)
+            raise TooFewShares(
+                f"segment {self._handle.segment_id}: {have} of {self._required} needed pieces "
+                "can be read"
             )
-        return None
 
     def _gave_up(self, read: _Read, index: int) -> bool:
         # An index read directly over a shorter range may be asked again for the whole one, once
@@ -268,7 +285,7 @@ class SegmentReader:
         sources = self._handle.sources
         return sorted(sources, key=lambda index: (sources[index].failures, index))
 
-    async def _fetch(self, read: _Read, task: _Task, ring: Callable[[], None]) -> None:
+    async def _fetch(self, read: _Read, task: _Task) -> None:
         source = self._handle.sources[task.index]
         try:
             await self._fetch_shares(read, task, source)
@@ -290,7 +307,7 @@ class SegmentReader:
         finally:
             if read.running.get(task.index) is task:
                 del read.running[task.index]
-            ring()
+            read.news.set()
 
     async def _fetch_shares(self, read: _Read, task: _Task, source: _Source) -> None:
         layout = self._handle.layout
@@ -300,6 +317,7 @@ class SegmentReader:
             source.grant.limit, source.grant.proof, order, task.first, task.count
         )
         async with self._pool.lease(source.grant.address) as stream:
+            task.stream, task.seen_bytes = stream, stream.received_bytes
             with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "receiving shares") as progress:
                 await stream.send(GET_PIECE.code, pack(request))
                 frame = check_reply(await stream.receive())
@@ -326,8 +344,12 @@ class SegmentReader:
             if len(share) != size:
                 raise ProtocolError("node sent a cut share")
             piecehash.verify_share(share, stripe, hashes)
-            if stripe in read.have:
-                read.have[stripe][task.index] = share
+            entry = read.stripes.get(stripe)
+            if entry is not None:
+                entry.have[task.index] = share
+                entry.missing.discard(task.index)
+                if entry.is_ready(self._required):
+                    read.news.set()
             position += size
             stripe += 1
         if position == 0:

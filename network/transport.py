@@ -88,6 +88,8 @@ class SecureStream:
         self.peer = peer
         """The peer's certificate; None for an anonymous initiator."""
         self._header_bytes_max = header_bytes_max
+        self.received_bytes = 0
+        """Ciphertext bytes, counted as they come: whether the peer is alive inside a frame."""
         self._input = memoryview(bytearray(_RECEIVE_BUFFER_BYTES_FIRST))
         self._start = 0
         self._end = 0
@@ -190,6 +192,7 @@ class SecureStream:
             if received == 0:
                 raise Unavailable("connection was closed by the peer")
             self._end += received
+            self.received_bytes += received
 
     def is_stale(self) -> bool:
         """Whether an idle connection has been closed or spoken on by the peer."""

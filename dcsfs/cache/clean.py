@@ -179,7 +179,8 @@ class CleanCache:
         self._blocks = [
             memoryview(mmap.mmap(-1, _SLOT_BYTES[_DIRECT_CLASS])) for _ in range(RUNS_AT_ONCE)
         ]
-        self._is_putting = False
+        self.is_putting = False
+        """Whether a `put` is on its way: another would be skipped."""
         self.hits = 0
         self.misses = 0
         self.skipped = 0
@@ -227,10 +228,10 @@ class CleanCache:
 
         If cancelled, some are kept.
         """
-        if self._is_putting:
+        if self.is_putting:
             self.skipped += len(runs)
             return
-        self._is_putting = True
+        self.is_putting = True
         try:
             for batch in _batches(runs):
                 await trio.lowlevel.checkpoint()
@@ -238,7 +239,7 @@ class CleanCache:
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             log.warning("clean cache write failed: %s", error)
         finally:
-            self._is_putting = False
+            self.is_putting = False
 
     async def _put(self, batch: list[Run]) -> None:
         slots = [self._disk.allocate(sum(map(len, parts))) for _, _, parts in batch]

@@ -5,7 +5,7 @@ many nodes busy; a random small read fetches just the records it touches.
 """
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import trio
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 RUN_BYTES = RUN_RECORDS * RECORD_PLAINTEXT_BYTES
 RUN_CIPHERTEXT = RUN_RECORDS * RECORD_BYTES
-RUNS_KEPT = 136
-"""Decrypted runs in memory: 136 MiB."""
+RUNS_KEPT = 80
+"""Decrypted runs in memory: 80 MiB."""
 PASSED_RUNS_KEPT = 8
 """Of those a stream has read to the end: the kernel's requests may come out of order."""
 SPAN_RUNS_MAX = 60
 """A streamed segment in one request per node."""
 WINDOW_BYTES_MIN = 2 * MiB
-WINDOW_BYTES_MAX = 112 * MiB
+WINDOW_BYTES_MAX = 64 * MiB
 RANDOM_READ_BYTES_MAX = 64 * 1024
 OUT_OF_ORDER_BYTES_MAX = 2 * MiB
 _LOG_RECORDS_KEPT = 4
@@ -296,15 +296,19 @@ class Reader:
             self._start_fetch(span)
 
     def _start_fetch(self, span: list[_Wanted]) -> None:
-        done = trio.Event()
         for item in span:
-            self._fetching[item.key] = done
-        self._nursery.start_soon(self._fetch, span, done)
+            self._fetching[item.key] = trio.Event()
+        self._nursery.start_soon(self._fetch, span)
 
-    async def _fetch(self, span: list[_Wanted], done: trio.Event) -> None:
+    async def _fetch(self, span: list[_Wanted]) -> None:
         failure: Exception | None = None
         try:
-            missing = [item for item in span if await self._from_clean(item) is None]
+            missing = []
+            for item in span:
+                if await self._from_clean(item) is None:
+                    missing.append(item)
+                else:
+                    self._arrived(item.key)
             for part in _spans(missing):
                 await self._fetch_span(part)
         except (DcsError, OSError) as error:
@@ -312,36 +316,52 @@ class Reader:
             log.info("fetch failed: %s", error)
         finally:
             for item in span:
-                self._fetching.pop(item.key, None)
-                if failure is not None and item.key not in self._runs:
+                if failure is not None and item.key in self._fetching:
                     self._failures[item.key] = failure
+                self._arrived(item.key)
             while len(self._failures) > 4096:
                 self._failures.pop(next(iter(self._failures)))
-            done.set()
+
+    def _arrived(self, key: RunKey) -> None:
+        waiting = self._fetching.pop(key, None)
+        if waiting is not None:
+            waiting.set()
 
     async def _fetch_span(self, span: list[_Wanted]) -> None:
-        """Fetch runs whose ciphertext is consecutive in one segment."""
+        """Fetch runs whose ciphertext is consecutive in one segment; each can be read at once."""
         whole = Placement(
             span[0].key[0],
             span[0].placement.segment_id,
             span[0].start,
             sum(item.length for item in span),
         )
+        clean = self._volume.clean
+        is_kept = self._volume.keeps_clean and not clean.is_putting
+        kept: list[tuple[ExtentID, int, list[memoryview]]] = []
+        waiting = deque(span)
+        rest: list[memoryview] = []
+
+        async def deliver(parts: list[memoryview]) -> None:
+            nonlocal rest
+            rest += parts
+            while waiting and sum(map(len, rest)) >= waiting[0].length:
+                item = waiting.popleft()
+                own, rest = _take(rest, item.length)
+                plain = await self._client.decrypt(
+                    item.content_key, item.key[0], item.placement, item.key[1] * RUN_RECORDS, own
+                )
+                self._keep(item.key, plain)
+                self._arrived(item.key)
+                if is_kept:
+                    kept.append((item.key[0], item.key[1], own))
+
         try:
-            parts = await self._client.read_ciphertext(whole, 0, whole.ciphertext_bytes)
+            await self._client.stream_ciphertext(whole, 0, whole.ciphertext_bytes, deliver)
         except NotFound:
             self._client.forget_segment(whole.segment_id)
             raise
-        kept: list[tuple[ExtentID, int, list[memoryview]]] = []
-        for item in span:
-            own, parts = _take(parts, item.length)
-            plain = await self._client.decrypt(
-                item.content_key, item.key[0], item.placement, item.key[1] * RUN_RECORDS, own
-            )
-            self._keep(item.key, plain)
-            kept.append((item.key[0], item.key[1], own))
-        if self._volume.keeps_clean:
-            self._nursery.start_soon(self._volume.clean.put, kept)
+        if kept:
+            self._nursery.start_soon(clean.put, kept)
 
 
 def _take(parts: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:

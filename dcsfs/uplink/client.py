@@ -12,7 +12,7 @@ from dcsfs import keys
 from dcsfs.access import AccessGrant
 from dcsfs.uplink.packing import PlannedExtent, PlannedSegment, encode_directory
 from network import messages as m
-from network.download import SegmentHandle, SegmentReader
+from network.download import Deliver, SegmentHandle, SegmentReader
 from network.errors import DcsError, IntegrityError
 from network.extentmap import Row
 from network.ids import ExtentID, NodeID, SegmentID, SessionID
@@ -26,7 +26,7 @@ from network.limits import (
 from network.method import Method
 from network.redundancy import RedundancyScheme
 from network.rpc import ConnectionPool
-from network.runtime import Runtime, now_s, with_deadline
+from network.runtime import ProgressDeadline, Runtime, now_s, with_deadline
 from network.transfer import put_segment
 
 log = logging.getLogger(__name__)
@@ -204,15 +204,36 @@ class BucketClient:
         Raises TooFewShares, IntegrityError, NotFound (the extent has moved), Unavailable; never
         takes longer than the uncached read deadline.
         """
-        return await with_deadline(
+        found: list[memoryview] = []
+
+        async def collect(parts: list[memoryview]) -> None:
+            found.extend(parts)
+
+        await with_deadline(
             UNCACHED_READ_DEADLINE_S,
             "reading from the network",
-            lambda: self._read_ciphertext(placement, start, end),
+            lambda: self._stream_ciphertext(placement, start, end, collect),
         )
+        return found
 
-    async def _read_ciphertext(
-        self, placement: m.Placement, start: int, end: int
-    ) -> list[memoryview]:
+    async def stream_ciphertext(
+        self, placement: m.Placement, start: int, end: int, deliver: Deliver
+    ) -> None:
+        """As `read_ciphertext`, handing the parts to `deliver` as they come, in order.
+
+        The deadline holds between two deliveries: a slow link takes its time over a long range.
+        """
+        with ProgressDeadline(UNCACHED_READ_DEADLINE_S, "reading from the network") as progress:
+
+            async def step(parts: list[memoryview]) -> None:
+                progress.step()
+                await deliver(parts)
+
+            await self._stream_ciphertext(placement, start, end, step)
+
+    async def _stream_ciphertext(
+        self, placement: m.Placement, start: int, end: int, deliver: Deliver
+    ) -> None:
         if placement.segment_id == INLINE_SEGMENT:
             reply = await self.call(
                 m.GET_INLINE,
@@ -220,13 +241,14 @@ class BucketClient:
             )
             if len(reply.ciphertext) != placement.ciphertext_bytes:
                 raise IntegrityError(f"extent {placement.extent_id} has the wrong length")
-            return [memoryview(reply.ciphertext)[start:end]]
+            await deliver([memoryview(reply.ciphertext)[start:end]])
+            return
         handle = await self._handle(placement.segment_id)
         if placement.offset + placement.ciphertext_bytes > handle.layout.size:
             raise IntegrityError(f"extent {placement.extent_id} passes its segment's end")
         reader = SegmentReader(self._pool, handle, self._note_bad_node, self._count_received)
         try:
-            return await reader.read(placement.offset + start, placement.offset + end)
+            await reader.stream(placement.offset + start, placement.offset + end, deliver)
         finally:
             if self._unsent:
                 with trio.move_on_after(2, shield=True):
