@@ -20,7 +20,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _OFFLOAD_THREADS_MAX = 6
-RECEIVES_PER_TURN = 4
+RECEIVES_PER_TURN = 2
 """At 256 KiB each: about half a millisecond with the work that follows."""
 
 

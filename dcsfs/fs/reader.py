@@ -27,16 +27,18 @@ log = logging.getLogger(__name__)
 
 RUN_BYTES = RUN_RECORDS * RECORD_PLAINTEXT_BYTES
 RUN_CIPHERTEXT = RUN_RECORDS * RECORD_BYTES
-RUNS_KEPT = 80
-"""Decrypted runs in memory: 80 MiB."""
+RUNS_KEPT = 104
+"""Decrypted runs in memory: 104 MiB."""
 PASSED_RUNS_KEPT = 8
 """Of those a stream has read to the end: the kernel's requests may come out of order."""
 SPAN_RUNS_MAX = 60
 """A streamed segment in one request per node."""
 WINDOW_BYTES_MIN = 2 * MiB
 WINDOW_BYTES_MAX = 64 * MiB
+TOP_UP_BYTES = 32 * MiB
+"""With this much left to read, a stream's next segment is asked for."""
 RANDOM_READ_BYTES_MAX = 64 * 1024
-OUT_OF_ORDER_BYTES_MAX = 2 * MiB
+OUT_OF_ORDER_BYTES_MAX = 8 * MiB
 _LOG_RECORDS_KEPT = 4
 
 
@@ -276,24 +278,40 @@ class Reader:
         """Have the network work ahead of a sequential reader."""
         if state.fetched_to < end:
             state.fetched_to = offset
-        elif state.fetched_to - end > state.window // 2:
+        elif state.fetched_to - end > min(state.window // 2, TOP_UP_BYTES):
             return
         target = min(inode.size, end + state.window)
+        # A segment that is begun is fetched whole, in one request to each node.
+        is_stream = state.window == WINDOW_BYTES_MAX
+        reach = min(inode.size, target + SPAN_RUNS_MAX * RUN_BYTES) if is_stream else target
         state.window = min(2 * state.window, WINDOW_BYTES_MAX)
-        wanted: list[_Wanted] = []
-        for piece in resolve(inode, state.fetched_to, target, rows):
+        wanted = self._runs_in(inode, rows, state.fetched_to, reach)
+        state.fetched_to = target
+        for span in _spans([item for _, item in wanted]):
+            first, last = wanted[0][0], wanted[len(span) - 1][0]
+            del wanted[: len(span)]
+            if first >= target:
+                break
+            state.fetched_to = max(state.fetched_to, min(inode.size, last + RUN_BYTES))
+            unknown = [i for i in span if i.key not in self._runs and i.key not in self._fetching]
+            for part in _spans(unknown):
+                self._start_fetch(part)
+
+    def _runs_in(
+        self, inode: Inode, rows: list[Row], start: int, end: int
+    ) -> list[tuple[int, _Wanted]]:
+        """(file offset, run) of every committed run that holds bytes of [start, end)."""
+        found: list[tuple[int, _Wanted]] = []
+        for piece in resolve(inode, start, end, rows):
             if piece.row is None:
                 continue
-            first = piece.row.extent_offset // RUN_BYTES
-            last = (piece.row.extent_offset + piece.row.length - 1) // RUN_BYTES
+            begin = piece.row.extent_offset
+            first, last = begin // RUN_BYTES, (begin + piece.row.length - 1) // RUN_BYTES
             for number in range(first, last + 1):
                 item = self._wanted(inode, piece.row, number)
-                known = item.key in self._runs or item.key in self._fetching
-                if not known and (not wanted or wanted[-1].key != item.key):
-                    wanted.append(item)
-        state.fetched_to = target
-        for span in _spans(wanted):
-            self._start_fetch(span)
+                if not found or found[-1][1].key != item.key:
+                    found.append((piece.start + number * RUN_BYTES - begin, item))
+        return found
 
     def _start_fetch(self, span: list[_Wanted]) -> None:
         for item in span:

@@ -27,7 +27,7 @@ from network.runtime import Runtime, SystemRuntime
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KIB = 1024
+READ_AHEAD_KIB = 4096
 """128 KiB reads become 1 MiB reads: half again as fast (perf notes, FUSE)."""
 MAX_TASKS = 16
 
