@@ -18,6 +18,7 @@ from dcsfs.fs.errors import FsError
 from dcsfs.fs.filesystem import FileSystem
 from dcsfs.fs.mounted import Mounted, VolumeOptions, close_session, open_volume
 from dcsfs.fs.state import Inode
+from dcsfs.fuse import readiness
 from dcsfs.fuse.operations import DcsOperations
 from dcsfs.uplink.inspect import describe_placement
 from network.errors import InvalidArgument, NotFound
@@ -119,7 +120,7 @@ class MountDaemon:
                 on_ready()
 
             nursery.start_soon(answer_first)
-            nursery.start_soon(_unmount_on_signal)
+            nursery.start_soon(_unmount_on_signal, readiness.install())
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
 
@@ -255,10 +256,12 @@ class MountDaemon:
         }
 
 
-async def _unmount_on_signal() -> None:
+async def _unmount_on_signal(waiter: readiness.RequestWaiter | None) -> None:
     """SIGTERM and Ctrl-C end the FUSE session; the daemon then flushes and exits."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
+            if waiter is not None:
+                waiter.close()
             pyfuse3.terminate()
 
 
