@@ -77,8 +77,8 @@ class Bucket:
         ]
         return sorted(found, key=lambda item: item.path)
 
-    async def make_directory(self, path: str, *, parents: bool = True) -> Inode:
-        """Make a directory; one that exists is left as it is."""
+    async def make_directory(self, path: str, *, parents: bool = True, mode: int = 0o755) -> Inode:
+        """Make a directory; one that exists is left as it is. Missing parents get 0755."""
         inode = self._fs.root
         parts = _parts(path)
         for number, part in enumerate(parts):
@@ -89,11 +89,39 @@ class Bucket:
                 if number + 1 < len(parts) and not parents:
                     raise NotFound(f"{path!r}: a parent does not exist") from error
                 inode = await self._fs.create_node(
-                    inode.number, name, Kind.DIRECTORY, 0o755, self._caller
-                )
+                    inode.number, name, Kind.DIRECTORY,
+                    mode if number + 1 == len(parts) else 0o755, self._caller,
+                )  # fmt: skip
             if not inode.is_directory:
                 raise NotADirectory(f"{path!r}: {part!r} is not a directory")
         return inode
+
+    async def make_symlink(self, path: str, target: str) -> None:
+        """Make a symbolic link, replacing a file or link; raises IsADirectory. Parents are made."""
+        parts = _parts(path)
+        if not parts:
+            raise InvalidArgument("a link needs a name")
+        parent = await self.make_directory("/".join(parts[:-1]))
+        aside = _aside()
+        await self._fs.create_node(
+            parent.number, aside, Kind.SYMLINK, 0o777, self._caller, target=os.fsencode(target)
+        )
+        await self._put_in_place(parent, aside, path)
+
+    async def read_symlink(self, path: str) -> str:
+        """A symbolic link's target; raises NotFound, InvalidArgument."""
+        inode = await self._walk(path)
+        if inode.kind is not Kind.SYMLINK:
+            raise InvalidArgument(f"{path!r} is not a symbolic link")
+        return os.fsdecode(inode.symlink)
+
+    async def _put_in_place(self, parent: Inode, aside: bytes, path: str) -> None:
+        name = os.fsencode(_parts(path)[-1])
+        try:
+            await self._fs.rename(parent.number, aside, parent.number, name, 0)
+        except FsError as error:
+            await self._fs.unlink(parent.number, aside)
+            raise IsADirectory(f"{path!r} is a directory") from error
 
     async def write_file(
         self,
@@ -112,8 +140,7 @@ class Bucket:
         if not parts:
             raise InvalidArgument("a file needs a name")
         parent = await self.make_directory("/".join(parts[:-1]))
-        name = os.fsencode(parts[-1])
-        aside = b".dcsfs-upload-" + os.urandom(8).hex().encode()
+        aside = _aside()
         handle, inode = await self._fs.create(
             parent.number, aside, mode, os.O_WRONLY | os.O_EXCL, self._caller
         )
@@ -129,11 +156,7 @@ class Bucket:
             self._fs.release(handle)
         if mtime_ns is not None:
             await self._fs.set_attributes(inode.number, Changes(mtime_ns=mtime_ns))
-        try:
-            await self._fs.rename(parent.number, aside, parent.number, name, 0)
-        except FsError as error:
-            await self._fs.unlink(parent.number, aside)
-            raise IsADirectory(f"{path!r} is a directory") from error
+        await self._put_in_place(parent, aside, path)
         return size
 
     async def read_file(
@@ -246,6 +269,11 @@ async def open_project(
         yield Project(runtime, pool, access)
     finally:
         pool.close()
+
+
+def _aside() -> bytes:
+    """A name to write under until the content is complete."""
+    return b".dcsfs-upload-" + os.urandom(8).hex().encode()
 
 
 def _parts(path: str) -> list[str]:

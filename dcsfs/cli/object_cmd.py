@@ -3,9 +3,10 @@
 import datetime
 import json
 import os
+import stat
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -67,12 +68,28 @@ def _progress() -> Progress:
     )  # fmt: skip
 
 
-def _local_files(source: Path, target: str) -> Iterator[tuple[Path, str]]:
-    for folder, _, names in os.walk(source):
-        for name in names:
-            path = Path(folder) / name
-            if path.is_file():
-                yield path, f"{target}/{path.relative_to(source)}"
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Something local to copy, and its path in the bucket."""
+
+    local: Path
+    path: str
+    info: os.stat_result
+
+
+def _local_tree(source: Path, target: str) -> Iterator[_Job]:
+    """Everything below a directory, parents first; symbolic links as they are."""
+    for folder, directories, names in os.walk(source):
+        for local in (Path(folder), *(Path(folder) / name for name in sorted(names))):
+            yield _Job(local, _join(target, local.relative_to(source)), local.lstat())
+        for name in directories:
+            link = Path(folder) / name
+            if link.is_symlink():
+                yield _Job(link, _join(target, link.relative_to(source)), link.lstat())
+
+
+def _join(target: str, relative: Path) -> str:
+    return "/".join(part for part in (target.rstrip("/"), *relative.parts) if part)
 
 
 async def _file_parts(path: Path) -> AsyncIterator[bytes]:
@@ -140,24 +157,36 @@ async def _upload(bucket: Bucket, source: str, path: str, recursive: bool) -> No
     if recursive:
         if not local.is_dir():
             raise InvalidArgument(f"{source} is not a directory")
-        jobs = list(_local_files(local, path.rstrip("/")))
+        jobs = list(_local_tree(local, path))
     else:
         if not local.is_file():
             raise InvalidArgument(f"{source} is not a file (for a directory, give -r)")
         if not path or path.endswith("/"):
             path += local.name
-        jobs = [(local, path)]
+        jobs = [_Job(local, path, local.stat())]
     with _progress() as progress:
-        total = sum(job.stat().st_size for job, _ in jobs)
+        total = sum(job.info.st_size for job in jobs if stat.S_ISREG(job.info.st_mode))
         task = progress.add_task("staging", total=total)
-        for job, name in jobs:
-            size = await bucket.write_file(
-                name, _file_parts(job),
-                mode=job.stat().st_mode & 0o777, mtime_ns=job.stat().st_mtime_ns,
-            )  # fmt: skip
-            progress.advance(task, size)
+        for job in jobs:
+            progress.advance(task, await _upload_one(bucket, job))
         progress.update(task, description="sending", total=None)
         await bucket.sync()
+
+
+async def _upload_one(bucket: Bucket, job: _Job) -> int:
+    """Copy a file, link or directory; returns the content bytes staged."""
+    kind, mode = stat.S_IFMT(job.info.st_mode), job.info.st_mode & 0o777
+    if kind == stat.S_IFDIR:
+        await bucket.make_directory(job.path, mode=mode)
+    elif kind == stat.S_IFLNK:
+        await bucket.make_symlink(job.path, os.readlink(job.local))
+    elif kind == stat.S_IFREG:
+        return await bucket.write_file(
+            job.path, _file_parts(job.local), mode=mode, mtime_ns=job.info.st_mtime_ns
+        )
+    else:
+        click.echo(f"left out, not a file, link or directory: {job.local}", err=True)
+    return 0
 
 
 async def _download(
@@ -184,16 +213,19 @@ async def _download(
         raise InvalidArgument(f"cannot write {local}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    if byte_count_is_whole(offset, length):
+    if _is_whole(offset, length):
+        local.chmod(info.mode)
         os.utime(local, ns=(info.mtime_ns, info.mtime_ns))
 
 
-def byte_count_is_whole(offset: int, length: int | None) -> bool:
-    """Whether a download is of the whole file, so that its time is worth keeping."""
+def _is_whole(offset: int, length: int | None) -> bool:
+    """Whether a download is of the whole file, so that its mode and time are worth keeping."""
     return offset == 0 and length is None
 
 
 async def _download_tree(bucket: Bucket, path: str, target: Path) -> None:
+    """Copy a directory's content into `target`; a directory made here gets its mode at the end."""
+    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     for info in await bucket.list_directory(path):
         local = target / Path(info.path).name
@@ -201,6 +233,13 @@ async def _download_tree(bucket: Bucket, path: str, target: Path) -> None:
             await _download_tree(bucket, info.path, local)
         elif info.kind is Kind.FILE:
             await _download(bucket, info.path, str(local), 0, None)
+        elif info.kind is Kind.SYMLINK:
+            local.unlink(missing_ok=True)
+            local.symlink_to(await bucket.read_symlink(info.path))
+        else:
+            click.echo(f"left out, not a file, link or directory: {info.path}", err=True)
+    if is_new:
+        target.chmod((await bucket.stat(path)).mode)
 
 
 @click.command()

@@ -118,31 +118,50 @@ async def open_volume(
                 client, runtime, clean, write_log, session, keeps_clean=not options.is_temporary
             )
             replayed = 0 if options.read_only else await volume.recover()
-            async with trio.open_nursery() as nursery:
-                reader = Reader(volume, nursery)
-                writeback: Writeback | None = None
-                if not options.read_only:
-                    writeback = Writeback(volume, reader)
-                    nursery.start_soon(writeback.run)
-                    if not options.is_temporary:
-                        nursery.start_soon(_sync_forever, volume)
-                    nursery.start_soon(_renew_forever, volume)
-                filesystem = FileSystem(
-                    volume,
-                    reader,
-                    writeback,
-                    log_bytes_max=log_share,
-                    sync_to_network=options.sync_to_network,
-                )
-                await filesystem.start()
-                yield Mounted(filesystem, volume, client, reader, writeback, replayed)
-                nursery.cancel_scope.cancel()
-            if write_log is not None:
-                write_log.close()
+            failure: Exception | None = None
+            try:
+                async with trio.open_nursery() as nursery:
+                    mounted = _assemble(volume, nursery, options, log_share, replayed)
+                    await mounted.filesystem.start()
+                    try:
+                        yield mounted
+                    except Exception as error:
+                        failure = error
+                        raise
+                    nursery.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                if failure is not None and group.exceptions == (failure,):
+                    raise failure from None  # the caller's own error, as it was raised
+                raise
+            finally:
+                if write_log is not None:
+                    write_log.close()
         finally:
             clean.close()
     finally:
         lock.release()
+
+
+def _assemble(
+    volume: Volume, nursery: trio.Nursery, options: VolumeOptions, log_share: int, replayed: int
+) -> Mounted:
+    """The services over a volume, their tasks in `nursery`."""
+    reader = Reader(volume, nursery)
+    writeback: Writeback | None = None
+    if not options.read_only:
+        writeback = Writeback(volume, reader)
+        nursery.start_soon(writeback.run)
+        if not options.is_temporary:
+            nursery.start_soon(_sync_forever, volume)
+        nursery.start_soon(_renew_forever, volume)
+    filesystem = FileSystem(
+        volume,
+        reader,
+        writeback,
+        log_bytes_max=log_share,
+        sync_to_network=options.sync_to_network,
+    )
+    return Mounted(filesystem, volume, volume.client, reader, writeback, replayed)
 
 
 async def _sync_forever(volume: Volume) -> None:
