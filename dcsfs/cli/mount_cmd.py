@@ -65,6 +65,7 @@ def build_options(
         sync_to_network=sync == "network",
     )
     exclusive = values.pop("exclusive", None) is not None
+    stock_wait = values.pop("stock_wait", None) is not None
     allow_other = values.pop("allow_other", None) is not None or os.getuid() == 0
     kernel = {name for name in values if name in KERNEL_OPTIONS}
     unknown = [
@@ -78,8 +79,9 @@ def build_options(
     kernel |= {"nodev"} if "dev" not in kernel else set()
     kernel |= {"nosuid"} if "suid" not in kernel else set()
     options = MountOptions(
-        bucket, subtree, mountpoint.absolute(), volume, allow_other, exclusive, frozenset(kernel)
-    )
+        bucket, subtree, mountpoint.absolute(), volume, allow_other, exclusive, stock_wait,
+        frozenset(kernel),
+    )  # fmt: skip
     return options, access_path
 
 

@@ -43,6 +43,8 @@ class MountOptions:
     volume: VolumeOptions
     allow_other: bool
     exclusive: bool
+    stock_wait: bool
+    """Leave waiting for requests to pyfuse3 (docs/decisions/0007)."""
     kernel_options: frozenset[str]
     """Generic options handed to the kernel: noatime, nosuid, dev and so on."""
 
@@ -120,7 +122,8 @@ class MountDaemon:
                 on_ready()
 
             nursery.start_soon(answer_first)
-            nursery.start_soon(_unmount_on_signal, readiness.install())
+            waiter = None if self._options.stock_wait else readiness.install()
+            nursery.start_soon(_unmount_on_signal, waiter)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
 

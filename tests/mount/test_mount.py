@@ -247,6 +247,11 @@ def test_mount_options_are_honoured(net, mount_of):
     with pytest.raises(OSError, match="Read-only"):
         (mount.point / "g").write_text("x")
     mount.umount()
+    mount.mount(",stock_wait")
+    assert (mount.point / "f").read_text() == "x"
+    (mount.point / "h").write_bytes(bytes(3 * MIB))
+    assert (mount.point / "h").read_bytes() == bytes(3 * MIB)
+    mount.umount()
     mount.mount(",ro")
     assert (mount.point / "f").read_text() == "x"
     with pytest.raises(OSError, match="Read-only"):
