@@ -40,6 +40,8 @@ HEDGE_FLOOR_S = 0.5
 SLOW_FACTOR = 2.0
 """A node that sent nothing for half a second gets a competitor; also one that takes twice as long
 as the fastest of the same read."""
+DIAL_FLOOR_S = 1.5
+"""A new connection takes three round trips before the request goes out."""
 
 BadNode = Callable[[PieceGrant, str], None]
 
@@ -235,7 +237,8 @@ class SegmentReader:
         for task in read.running.values():
             if task.stream is not None and task.stream.received_bytes != task.seen_bytes:
                 task.seen_bytes, task.moved_at = task.stream.received_bytes, now
-            stalled = now - task.moved_at > HEDGE_FLOOR_S
+            patience = HEDGE_FLOOR_S if task.stream is not None else DIAL_FLOOR_S
+            stalled = now - task.moved_at > patience
             slow = limit is not None and now - task.started > limit
             if not task.is_late and (stalled or slow):
                 task.is_late = True
@@ -318,6 +321,7 @@ class SegmentReader:
         )
         async with self._pool.lease(source.grant.address) as stream:
             task.stream, task.seen_bytes = stream, stream.received_bytes
+            task.moved_at = trio.current_time()
             with ProgressDeadline(PIECE_PROGRESS_DEADLINE_S, "receiving shares") as progress:
                 await stream.send(GET_PIECE.code, pack(request))
                 frame = check_reply(await stream.receive())

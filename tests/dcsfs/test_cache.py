@@ -192,3 +192,32 @@ async def test_clean_cache_keeps_evicts_and_survives_a_restart(tmp_path):
     for extent in kept:
         assert await again.get(extent, 0) in (None, runs[extent])
     again.close()
+
+
+async def test_clean_cache_slot_in_use_is_not_given_to_another_run(tmp_path):
+    cache = CleanCache(tmp_path, 40 << 20, MemoryRuntime())
+    disk = cache._disk
+    first = disk.allocate(100)
+    with disk.pinned(first):
+        disk.release(first)
+        assert disk.allocate(100).number != first.number
+    assert disk.allocate(100).number == first.number
+    cache.close()
+
+
+async def test_clean_cache_skips_what_the_disk_is_too_slow_for(tmp_path, autojump_clock):
+    class SlowDisk(MemoryRuntime):
+        async def offload(self, function, *args):
+            await trio.sleep(1)
+            return function(*args)
+
+    cache = CleanCache(tmp_path, 40 << 20, SlowDisk())
+    run = os.urandom(RUN_RECORDS * RECORD_BYTES)
+    names = [ExtentID(bytes([number]) * 16) for number in range(2)]
+    async with trio.open_nursery() as nursery:
+        for name in names:
+            nursery.start_soon(cache.put, [(name, 0, [memoryview(run)])])
+    assert cache.skipped == 1
+    found = [await cache.get(name, 0) for name in names]
+    assert sorted(found, key=lambda item: item is None) == [run, None]
+    cache.close()

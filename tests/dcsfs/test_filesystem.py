@@ -8,6 +8,7 @@ import trio
 
 from dcsfs import keys
 from dcsfs.access import AccessGrant
+from dcsfs.fs import reader as reader_module
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.filesystem import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.mounted import VolumeOptions, close_session, open_volume
@@ -450,3 +451,22 @@ async def test_demand_flushes_one_batch_and_not_all_that_follow(tmp_path, autoju
         assert m1.writeback.flushed_batches == 1  # 25 s old: neither large nor aged nor asked for
         await trio.sleep(60)
         assert m1.writeback.flushed_batches == 2
+
+
+async def test_a_stream_fetches_every_byte_once(tmp_path, autojump_clock, monkeypatch):
+    # A quarter of the real sizes: what is fetched ahead must not be pushed out before it is read.
+    monkeypatch.setattr(reader_module, "WINDOW_BYTES_MAX", 16 << 20)
+    monkeypatch.setattr(reader_module, "TOP_UP_BYTES", 8 << 20)
+    monkeypatch.setattr(reader_module, "SPAN_RUNS_MAX", 15)
+    monkeypatch.setattr(reader_module, "RUNS_KEPT", 26)
+    async with bucket_world(tmp_path) as world:
+        data = os.urandom(60 << 20)
+        async with mounted(world, tmp_path) as m1:
+            await write_file(m1.filesystem, m1.filesystem.root.number, b"big", data, 1 << 20)
+            await m1.drain()
+            await close_session(m1)
+        async with mounted(world, tmp_path, "other", read_only=True) as m2:
+            inode = await m2.filesystem.lookup(m2.filesystem.root.number, b"big")
+            assert await read_file(m2.filesystem, inode, 1 << 20) == data
+            received = m2.client.counters.received_bytes
+            assert len(data) < received < 1.1 * len(data)

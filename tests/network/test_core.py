@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from network.codec import Max, pack, unpack
 from network.erasure import code_for
 from network.errors import (
     DcsError,
+    DeadlineExceeded,
     IntegrityError,
     InvalidArgument,
     PermissionDenied,
@@ -27,6 +29,7 @@ from network.ids import Hash, NodeID
 from network.limits import RECORD_BYTES
 from network.macaroon import Caveat, Macaroon, Scope, check_caveats
 from network.redundancy import DEFAULT_SCHEME, RedundancyScheme, SegmentLayout
+from network.runtime import ProgressDeadline
 from network.units import GiB, format_size, parse_size
 
 
@@ -189,3 +192,16 @@ def test_ids_text_form_round_trips(data):
     else:
         with pytest.raises(InvalidArgument):
             NodeID(data)
+
+
+async def test_progress_deadline_ends_a_transfer_that_stands_still(autojump_clock):
+    with pytest.raises(DeadlineExceeded, match="sending took longer than 10 s"):
+        with ProgressDeadline(10, "sending") as progress:
+            for _ in range(5):
+                await trio.sleep(8)
+                progress.step()
+            await trio.sleep(11)
+    assert 50 <= trio.current_time() < 51
+    with trio.move_on_after(1) as outer, ProgressDeadline(10, "sending"):
+        await trio.sleep_forever()
+    assert outer.cancelled_caught

@@ -7,7 +7,7 @@ import trio
 
 from network import messages as m
 from network.download import SegmentHandle, SegmentReader
-from network.errors import NotEnoughNodes, TooFewShares
+from network.errors import IntegrityError, NotEnoughNodes, TooFewShares
 from network.ids import Hash
 from network.limits import RECORD_BYTES
 from network.redundancy import RedundancyScheme
@@ -193,3 +193,75 @@ async def test_share_hash_guard_switched_off_returns_wrong_bytes(
         corrupt(world.node_by_id(result.pieces[1].receipt.node_id))
         handle = await open_segment(world, pool, segment_id)
         assert await read(world, pool, handle, 0, len(data)) != data
+
+
+async def test_get_over_a_slow_link_asks_nobody_twice(tmp_path, autojump_clock):
+    async with planet(tmp_path, nodes=8, redundancy="4/5/8/8") as world:
+        pool = world.pool()
+        session = await open_bucket(world, pool)
+        data = os.urandom(100 * RECORD_BYTES)
+        segment_id, _ = await upload(world, pool, session, data)
+        for running in world.nodes:  # 25 shares from each, 8 a frame: 1.6 s for the whole read
+            world.runtime.fault(running.host, running.port).delay_s = 0.4
+        handle = await open_segment(world, pool, segment_id)
+        before = trio.current_time()
+        assert await read(world, pool, handle, 0, len(data)) == data
+        assert trio.current_time() - before > 1.5
+        served = sum(running.node.served_bytes for running in world.nodes)
+        assert served == len(data)
+
+
+async def test_get_a_node_that_stops_in_the_middle_is_replaced(tmp_path, autojump_clock):
+    async with planet(tmp_path, nodes=8, redundancy="4/5/8/8") as world:
+        pool = world.pool()
+        session = await open_bucket(world, pool)
+        data = os.urandom(100 * RECORD_BYTES)
+        segment_id, result = await upload(world, pool, session, data)
+        handle = await open_segment(world, pool, segment_id)
+        first = world.node_by_id(result.pieces[0].receipt.node_id)
+        fault = world.runtime.fault(first.host, first.port)
+        fault.delay_s = 0.3
+        async with trio.open_nursery() as nursery:
+
+            async def stop_it() -> None:
+                await trio.sleep(0.4)
+                fault.stall = True
+
+            nursery.start_soon(stop_it)
+            before = trio.current_time()
+            assert await read(world, pool, handle, 0, len(data)) == data
+        assert trio.current_time() - before < 3
+
+
+async def test_stream_hands_over_stripes_before_the_rest_has_come(tmp_path, autojump_clock):
+    async with planet(tmp_path, nodes=8, redundancy="4/5/8/8") as world:
+        pool = world.pool()
+        session = await open_bucket(world, pool)
+        data = os.urandom(100 * RECORD_BYTES)
+        segment_id, _ = await upload(world, pool, session, data)
+        for running in world.nodes:
+            world.runtime.fault(running.host, running.port).delay_s = 0.3
+        handle = await open_segment(world, pool, segment_id)
+        times, found = [], bytearray()
+
+        async def deliver(parts):
+            times.append(trio.current_time())
+            found.extend(b"".join(parts))
+
+        await SegmentReader(pool, handle).stream(5, len(data) - 5, deliver)
+        assert bytes(found) == data[5:-5]
+        assert times[-1] - times[0] > 0.5
+
+
+async def test_an_error_of_the_receiver_ends_a_stream(tmp_path, autojump_clock):
+    async with planet(tmp_path, nodes=8, redundancy="4/5/8/8") as world:
+        pool = world.pool()
+        session = await open_bucket(world, pool)
+        segment_id, _ = await upload(world, pool, session, os.urandom(700_000))
+        handle = await open_segment(world, pool, segment_id)
+
+        async def refuse(parts):
+            raise IntegrityError("not what it should be")
+
+        with pytest.raises(IntegrityError, match="not what"), trio.fail_after(5):
+            await SegmentReader(pool, handle).stream(0, 700_000, refuse)
