@@ -31,6 +31,8 @@ RUNS_KEPT = 104
 """Decrypted runs in memory: 104 MiB."""
 PASSED_RUNS_KEPT = 8
 """Of those a stream has read to the end: the kernel's requests may come out of order."""
+REACH_BYTES_MAX = (RUNS_KEPT - PASSED_RUNS_KEPT) * RUN_BYTES
+"""Nothing further ahead is fetched: it would push out what has not been read yet."""
 SPAN_RUNS_MAX = 60
 """A streamed segment in one request per node."""
 WINDOW_BYTES_MIN = 2 * MiB
@@ -291,6 +293,9 @@ class Reader:
             first, last = wanted[0][0], wanted[len(span) - 1][0]
             del wanted[: len(span)]
             if first >= target:
+                break
+            if last + RUN_BYTES > end + REACH_BYTES_MAX:
+                state.fetched_to = first
                 break
             state.fetched_to = max(state.fetched_to, min(inode.size, last + RUN_BYTES))
             unknown = [i for i in span if i.key not in self._runs and i.key not in self._fetching]
