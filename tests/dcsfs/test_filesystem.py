@@ -454,7 +454,7 @@ async def test_demand_flushes_one_batch_and_not_all_that_follow(tmp_path, autoju
 
 
 async def test_a_stream_fetches_every_byte_once(tmp_path, autojump_clock, monkeypatch):
-    # Small sizes, as tight as the real ones: what is fetched ahead must not be pushed out before it is read.
+    # Sizes as tight as the real ones: a run fetched ahead must not go before it is read.
     monkeypatch.setattr(reader_module, "WINDOW_BYTES_MAX", 16 << 20)
     monkeypatch.setattr(reader_module, "TOP_UP_BYTES", 4 << 20)
     monkeypatch.setattr(reader_module, "SPAN_RUNS_MAX", 15)
