@@ -15,7 +15,7 @@ from dcsfs.access import load_access
 from dcsfs.cli.common import find_access, parse_address
 from dcsfs.fs.mounted import CACHE_BYTES_DEFAULT, VolumeOptions
 from dcsfs.fuse.mount import MountDaemon, MountOptions, unmount_kernel
-from network.errors import InvalidArgument, Unavailable
+from network.errors import DcsError, InvalidArgument, Unavailable
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
 from network.process import first_error, raise_descriptor_limit
 from network.units import format_size, parse_size
@@ -120,10 +120,26 @@ def mount(
 
 
 def _remount(mountpoint: Path, read_only: bool) -> None:
-    found = control.find_mount(mountpoint)
-    control.ask(found.socket, "remount", 24 * 3600.0, read_only=read_only)
-    command = ["mount", "-i", "-o", f"remount,{'ro' if read_only else 'rw'}", str(mountpoint)]
-    subprocess.run(command, check=False, capture_output=True)
+    """Change kernel and daemon, or neither; read-only once everything is on the network."""
+    daemon = control.find_mount(mountpoint).socket
+    if read_only:
+        _remount_kernel(mountpoint, "ro")
+        try:
+            control.ask(daemon, "remount", 24 * 3600.0, read_only=True)
+        except DcsError:
+            _remount_kernel(mountpoint, "rw")
+            raise
+        return
+    control.ask(daemon, "remount", read_only=False)
+    _remount_kernel(mountpoint, "rw")
+
+
+def _remount_kernel(mountpoint: Path, mode: str) -> None:
+    command = ["mount", "-i", "-o", f"remount,{mode}", str(mountpoint)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        reason = " ".join(done.stderr.split())
+        raise InvalidArgument(f"{mountpoint} stays as it was: {reason}")
 
 
 def _serve(options: MountOptions, access_path: Path, ready_fd: int | None) -> None:

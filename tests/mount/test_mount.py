@@ -243,6 +243,14 @@ def test_mount_options_are_honoured(net, mount_of):
     assert "noatime" in line
     assert "nosuid" not in line
     (mount.point / "f").write_text("x")
+    with (mount.point / "f").open("r+"):
+        busy = subprocess.run(
+            ["mount", "-o", "remount,ro", str(mount.point)],
+            check=False, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert busy.returncode != 0
+        assert "busy" in busy.stderr
+        (mount.point / "still-writable").write_text("x")
     subprocess.run(["mount", "-o", "remount,ro", str(mount.point)], check=True, timeout=60)
     with pytest.raises(OSError, match="Read-only"):
         (mount.point / "g").write_text("x")
