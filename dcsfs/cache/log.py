@@ -112,7 +112,7 @@ class WriteLog:
                     f"log slab {path} does not open with this grant: it belongs to another "
                     "bucket or is damaged (it is left as it is)"
                 )
-            path.unlink()  # preallocated, then the machine stopped: nothing was ever in it
+            os.unlink(path)  # preallocated, then the machine stopped: nothing was ever in it
             return
         _, version, number, first, salt = _HEADER.unpack(body)
         if version != 1:
@@ -149,7 +149,7 @@ class WriteLog:
             os.posix_fallocate(descriptor, 0, SLAB_BYTES)
         except OSError:
             os.close(descriptor)
-            path.unlink()
+            os.unlink(path)
             raise
         salt = self._runtime.random_bytes(32)
         slab = _Slab(number, descriptor, path, self._cipher(salt), salt, 0, 0)
@@ -268,25 +268,31 @@ class WriteLog:
         self.sync_count += 1
 
     def trim(self, sequence: int) -> None:
-        """Delete slabs whose records all have numbers up to `sequence`; never the current one."""
-        for number, slab in list(self._slabs.items()):
-            if (
-                slab is not self._current
-                and slab is not self._spare
-                and slab.last_sequence <= sequence
-            ):
-                os.close(slab.descriptor)
-                slab.path.unlink()
-                del self._slabs[number]
-                self._unsynced.discard(number)
+        """Delete slabs whose records all have numbers up to `sequence`; never the current one.
+
+        A slab that cannot be deleted is forgotten: replay skips what is committed.
+        """
+        for slab in list(self._slabs.values()):
+            is_in_use = slab is self._current or slab is self._spare
+            if not is_in_use and slab.last_sequence <= sequence:
+                self._delete(slab)
+
+    def _delete(self, slab: _Slab) -> None:
+        # Out of the table first: a descriptor that is closed twice may be somebody else's.
+        del self._slabs[slab.number]
+        self._unsynced.discard(slab.number)
+        try:
+            os.unlink(slab.path)
+        except OSError as error:
+            log.warning("log slab %s was not deleted: %s", slab.path, error)
+        finally:
+            os.close(slab.descriptor)
 
     def discard(self) -> None:
         """Delete all slabs: everything in them is committed and the session is closed."""
-        for slab in self._slabs.values():
-            os.close(slab.descriptor)
-            slab.path.unlink()
-        self._slabs.clear()
         self._current = self._spare = None
+        for slab in list(self._slabs.values()):
+            self._delete(slab)
 
     def close(self) -> None:
         """Close all files."""
