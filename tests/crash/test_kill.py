@@ -1,0 +1,92 @@
+"""The real daemon gets SIGKILL under load, again and again; nothing that fsync promised is lost."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import Mount, Net
+
+ROUNDS = 40
+pytestmark = pytest.mark.crash
+
+
+@pytest.fixture
+def small_net():
+    base = Path(tempfile.mkdtemp(prefix="dcsfs-kill-", dir="/var/tmp"))
+    found = Net(base, "10", "4/6/8/10")
+    yield found
+    found.testnet("down")
+    shutil.rmtree(base)
+
+
+class Manifest:
+    """What each file may be: what was promised last, or what was begun since."""
+
+    def __init__(self):
+        self.allowed = {}
+        self.operations = 0
+
+    def note(self, line):
+        word, name, digest = json.loads(line)
+        if word == "begin":
+            self.allowed.setdefault(name, {None}).add(digest)
+        elif word == "done":
+            self.allowed[name] = {digest}
+            self.operations += 1
+
+    def check(self, directory):
+        for name, allowed in self.allowed.items():
+            path = directory / name
+            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+            assert found in allowed, f"{name}: {found} is none of {allowed}"
+            self.allowed[name] = {found}
+
+
+def kill_under_load(mount, manifest, seed, begun):
+    """Run the writer, kill the daemon once it has begun so many operations, detach the mount."""
+    pid = mount.status()["pid"]
+    writer = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("writer.py")), str(mount.point), str(seed)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in writer.stdout:
+        manifest.note(line)
+        begun -= json.loads(line)[0] == "begin"
+        if begun == 0:
+            begun = -1
+            os.kill(pid, signal.SIGKILL)
+    assert begun < 0, "the writer ended by itself"
+    writer.wait(timeout=60)
+    writer.stdout.close()
+    subprocess.run(["umount", "-i", "-l", str(mount.point)], check=True, timeout=60)
+
+
+def test_killed_under_load_keeps_every_promise(small_net):
+    chosen = random.Random(7)
+    mount, manifest = Mount(small_net, small_net.bucket("killed")), Manifest()
+    for number in range(ROUNDS):
+        mount.mount()
+        manifest.check(mount.point)
+        if number % 8 == 5:
+            small_net.testnet("kill", "--satellite")
+        kill_under_load(mount, manifest, number, chosen.randrange(1, 80))
+        if number % 8 == 5:
+            small_net.testnet("revive")
+    mount.mount()
+    manifest.check(mount.point)
+    assert manifest.operations > 10 * ROUNDS
+    mount.umount()
+    mount.forget_cache()
+    mount.mount()
+    manifest.check(mount.point)
+    mount.umount()
