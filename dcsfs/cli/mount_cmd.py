@@ -17,7 +17,11 @@ from dcsfs.fs.mounted import CACHE_BYTES_DEFAULT, VolumeOptions
 from dcsfs.fuse.mount import MountDaemon, MountOptions, unmount_kernel
 from network.errors import DcsError, InvalidArgument, Unavailable
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
-from network.process import first_error, raise_descriptor_limit
+from network.process import (
+    first_error,
+    raise_descriptor_limit,
+    shield_from_memory_pressure,
+)
 from network.units import format_size, parse_size
 
 KERNEL_OPTIONS = frozenset({
@@ -144,6 +148,7 @@ def _remount_kernel(mountpoint: Path, mode: str) -> None:
 
 def _serve(options: MountOptions, access_path: Path, ready_fd: int | None) -> None:
     raise_descriptor_limit()
+    shield_from_memory_pressure()
     daemon = MountDaemon(options, load_access(access_path))
 
     def report(text: str) -> None:

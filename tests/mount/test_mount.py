@@ -460,3 +460,22 @@ def test_stored_bytes_of_a_node_match_its_disk(net, mount_of):
         )
         assert bodies <= node["stored_bytes"] <= bodies + 4096 * max(1, node["pieces"])
         assert node["stored_bytes"] <= on_disk <= node["stored_bytes"] + 8192 * (node["pieces"] + 8)
+
+
+CAP_SYS_RESOURCE = 24
+
+
+def test_the_daemon_is_the_last_to_be_killed_for_memory(net, mount_of):
+    mount = mount_of(net.bucket("shielded"))
+    mount.mount()
+    process = Path(f"/proc/{mount.status()['pid']}")
+    capabilities = next(
+        int(line.split()[1], 16)
+        for line in (process / "status").read_text().splitlines()
+        if line.startswith("CapEff")
+    )
+    is_allowed = capabilities >> CAP_SYS_RESOURCE & 1
+    before = Path("/proc/self/oom_score_adj").read_text()
+    after = (process / "oom_score_adj").read_text()
+    assert after == ("-500\n" if is_allowed else before)
+    mount.umount()
