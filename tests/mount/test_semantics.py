@@ -1,0 +1,411 @@
+"""Every sentence of docs/semantics.md, on a real mount. A docstring is the sentence it shows."""
+
+import concurrent.futures
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import Mount
+
+MIB = 1 << 20
+NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
+PROMISES = Path(__file__).parents[2] / "docs" / "semantics.md"
+
+
+@pytest.fixture(scope="module")
+def point(net):
+    mount = Mount(net, net.bucket("semantics"))
+    mount.mount()
+    yield mount.point
+    mount.umount()
+
+
+@pytest.fixture
+def here(point, request):
+    directory = point / request.node.name
+    directory.mkdir()
+    return directory
+
+
+def renameat2(source, target, flags):
+    libc = ctypes.CDLL(None, use_errno=True)
+    at = ctypes.c_int(-100)
+    if libc.renameat2(at, os.fsencode(source), at, os.fsencode(target), ctypes.c_uint(flags)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def raises(code):
+    return pytest.raises(OSError, match=os.strerror(code))
+
+
+def run(program, *arguments):
+    """A program of its own, in Python; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        check=True, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_excl(here):
+    """Of many processes that create one name with O_EXCL, exactly one succeeds."""
+    program = (
+        "import os,sys\n"
+        "try: os.open(sys.argv[1], os.O_CREAT | os.O_EXCL | os.O_WRONLY); print('made')\n"
+        "except FileExistsError: print('exists')"
+    )
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: run(program, here / "one"), range(6)))
+    assert sorted(found) == ["exists"] * 5 + ["made"]
+
+
+def test_append(here):
+    """O_APPEND writes of several processes all land, each at what was then the end."""
+    program = (
+        "import os,sys\n"
+        "fd = os.open(sys.argv[1], os.O_CREAT | os.O_APPEND | os.O_WRONLY)\n"
+        "for _ in range(50): os.write(fd, sys.argv[2].encode() * 10)"
+    )
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda letter: run(program, here / "log", letter), "abc"))
+    text = (here / "log").read_text()
+    lines = [text[i : i + 10] for i in range(0, len(text), 10)]
+    assert sorted(lines) == sorted(["a" * 10] * 50 + ["b" * 10] * 50 + ["c" * 10] * 50)
+
+
+def test_atomic_rename(here):
+    """A rename replaces its target atomically: a reader finds the old file or the new one."""
+    (here / "target").write_text("0")
+    program = (
+        "import sys,pathlib\n"
+        "seen = set()\n"
+        "while True:\n"
+        "    text = pathlib.Path(sys.argv[1]).read_text()\n"
+        "    seen.add(text)\n"
+        "    if text == '99': break\n"
+        "print(' '.join(sorted(seen)))"
+    )
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(run, program, here / "target")
+        for number in range(100):
+            (here / "new").write_text(str(number))
+            (here / "new").rename(here / "target")
+        assert set(reader.result().split()) <= {str(number) for number in range(100)}
+
+
+def test_rename_flags(here):
+    """RENAME_NOREPLACE is EEXIST on an existing target, RENAME_EXCHANGE swaps, others EINVAL."""
+    (here / "a").write_text("a")
+    (here / "b").mkdir()
+    with raises(errno.EEXIST):
+        renameat2(here / "a", here / "b", NOREPLACE)
+    renameat2(here / "a", here / "b", EXCHANGE)
+    assert (here / "b").read_text() == "a"
+    assert (here / "a").is_dir()
+    with raises(errno.EINVAL):
+        renameat2(here / "a", here / "c", WHITEOUT)
+
+
+def test_rename_directory(here):
+    """A directory may be renamed onto an empty one; onto any other it is ENOTEMPTY."""
+    for name in ("from", "empty", "full", "full/child"):
+        (here / name).mkdir()
+    with raises(errno.ENOTEMPTY):
+        (here / "from").rename(here / "full")
+    (here / "from").rename(here / "empty")
+    assert sorted(path.name for path in here.iterdir()) == ["empty", "full"]
+
+
+def test_unlinked(here):
+    """An open file can be read, written and cut after its last name is gone."""
+    with (here / "file").open("w+b", buffering=0) as handle:
+        handle.write(b"before")
+        (here / "file").unlink()
+        handle.write(b" and after")
+        handle.truncate(10)
+        assert os.pread(handle.fileno(), 100, 0) == b"before and"
+        assert os.fstat(handle.fileno()).st_nlink == 0
+
+
+def test_links(here):
+    """Hard links share content, attributes and extended attributes; st_nlink counts them."""
+    (here / "a").write_text("text")
+    (here / "b").hardlink_to(here / "a")
+    (here / "b").chmod(0o600)
+    os.setxattr(here / "b", "user.x", b"1")
+    (here / "b").write_text("longer text")
+    assert (here / "a").read_text() == "longer text"
+    info = (here / "a").stat()
+    assert (info.st_mode & 0o777, info.st_nlink) == (0o600, 2)
+    assert info.st_ino == (here / "b").stat().st_ino
+    assert os.getxattr(here / "a", "user.x") == b"1"
+
+
+def test_directory_links(here):
+    """A directory's st_nlink is 2 and one more for each directory in it."""
+    (here / "a").mkdir()
+    (here / "b").mkdir()
+    (here / "file").touch()
+    assert here.stat().st_nlink == 4
+    (here / "a").rmdir()
+    assert here.stat().st_nlink == 3
+
+
+def test_long_names(here):
+    """Names of 255 bytes and symbolic links of 4,095 bytes are good; longer ones ENAMETOOLONG."""
+    (here / ("n" * 255)).touch()
+    with raises(errno.ENAMETOOLONG):
+        (here / ("n" * 256)).touch()
+    target = ("t" * 254 + "/") * 16
+    (here / "link").symlink_to(target[:4095])
+    assert os.readlink(here / "link") == target[:4095]
+    with raises(errno.ENAMETOOLONG):
+        (here / "longer").symlink_to(target + "tttttttttttttttttt")
+
+
+def test_listing(here):
+    """A listing during which entries are removed shows each of the others exactly once."""
+    for number in range(3000):
+        (here / f"{number:04}").touch()
+    seen = []
+    with os.scandir(here) as entries:
+        for position, entry in enumerate(entries):
+            seen.append(entry.name)
+            if position % 3 == 0:
+                (here / entry.name).unlink()
+    assert sorted(seen) == [f"{number:04}" for number in range(3000)]
+
+
+def test_inode_numbers(here):
+    """An inode number is not used again."""
+    seen = set()
+    for _ in range(50):
+        (here / "file").touch()
+        seen.add((here / "file").stat().st_ino)
+        (here / "file").unlink()
+    assert len(seen) == 50
+
+
+def test_holes(here):
+    """Holes read as zeros and count no blocks."""
+    with (here / "sparse").open("wb") as handle:
+        handle.seek(1 << 40)
+        handle.write(b"end")
+    info = (here / "sparse").stat()
+    assert info.st_size == (1 << 40) + 3
+    assert info.st_blocks <= 16
+    with (here / "sparse").open("rb") as handle:
+        assert handle.read(MIB) == bytes(MIB)
+
+
+def test_growing(here):
+    """Truncating a file to a greater size adds zeros, also where bytes had been before."""
+    (here / "file").write_bytes(b"x" * 100_000)
+    os.truncate(here / "file", 10)
+    os.truncate(here / "file", 100_000)
+    assert (here / "file").read_bytes() == b"x" * 10 + bytes(99_990)
+
+
+def test_suid(here):
+    """Writing to a file and giving it away clear set-user-ID, and set-group-ID if executable."""
+    (here / "tool").write_text("x")
+    (here / "tool").chmod(0o6755)
+    os.chown(here / "tool", 1000, 1000)
+    assert (here / "tool").stat().st_mode & 0o7777 == 0o755
+    (here / "tool").chmod(0o6777)
+    program = (
+        "import os,sys\nfd = os.open(sys.argv[1], os.O_WRONLY)\n"
+        "os.setgid(1234); os.setuid(1234); os.write(fd, b'y')"
+    )
+    run(program, here / "tool")
+    assert (here / "tool").stat().st_mode & 0o7777 == 0o777
+
+
+def test_setgid_directory(here):
+    """In a set-group-ID directory new files get its group, and new directories the bit too."""
+    (here / "shared").mkdir()
+    os.chown(here / "shared", 0, 4321)
+    (here / "shared").chmod(0o2775)
+    (here / "shared" / "file").touch()
+    (here / "shared" / "sub").mkdir()
+    assert (here / "shared" / "file").stat().st_gid == 4321
+    info = (here / "shared" / "sub").stat()
+    assert (info.st_gid, info.st_mode & 0o2000) == (4321, 0o2000)
+
+
+def test_direct(here):
+    """O_DIRECT is accepted with any offset, length and alignment."""
+    data = os.urandom(300_001)
+    fd = os.open(here / "file", os.O_CREAT | os.O_RDWR | os.O_DIRECT)
+    assert os.pwrite(fd, data, 7) == len(data)
+    assert os.pread(fd, len(data), 7) == data
+    os.close(fd)
+
+
+def test_mmap(here):
+    """Shared mappings work, between the processes of one machine."""
+    (here / "file").write_bytes(bytes(10_000))
+    with (here / "file").open("r+b") as handle, mmap.mmap(handle.fileno(), 10_000) as memory:
+        memory[5000:5005] = b"hello"
+        memory.flush()
+    assert run("import sys; print(open(sys.argv[1],'rb').read()[5000:5005])", here / "file") == (
+        "b'hello'"
+    )
+
+
+def test_times(here):
+    """Times have nanoseconds, also in the far past and future; UTIME_OMIT leaves one as it is."""
+    (here / "file").touch()
+    os.utime(here / "file", ns=(-1_234_567_891, 4_102_444_800_123_456_789))
+    info = (here / "file").stat()
+    assert (info.st_atime_ns, info.st_mtime_ns) == (-1_234_567_891, 4_102_444_800_123_456_789)
+    subprocess.run(["touch", "-a", "-d", "2001-02-03", here / "file"], check=True)
+    assert (here / "file").stat().st_mtime_ns == 4_102_444_800_123_456_789
+
+
+def test_which_times(here):
+    """Writing changes mtime and ctime, chmod ctime alone, a new name the directory's mtime."""
+    file = here / "file"
+    file.write_text("x")
+    os.utime(file, ns=(0, 0))
+    first = file.stat()
+    file.chmod(0o600)
+    second = file.stat()
+    assert second.st_mtime_ns == 0
+    assert second.st_ctime_ns > first.st_ctime_ns
+    with file.open("a") as handle:
+        handle.write("y")
+    third = file.stat()
+    assert third.st_mtime_ns > 0
+    assert third.st_ctime_ns > second.st_ctime_ns
+    before = here.stat()
+    (here / "other").touch()
+    assert here.stat().st_mtime_ns > before.st_mtime_ns
+
+
+def test_atime(here):
+    """Reading does not change st_atime."""
+    (here / "file").write_text("x")
+    os.utime(here / "file", ns=(1, 2))
+    assert (here / "file").read_text() == "x"
+    assert (here / "file").stat().st_atime_ns == 1
+
+
+def test_xattrs(here):
+    """Extended attributes (user, trusted, security) hold 64 KiB; XATTR_CREATE and REPLACE work."""
+    (here / "file").touch()
+    value = os.urandom(65536)
+    for name in ("user.a", "trusted.b", "security.c"):
+        os.setxattr(here / "file", name, value)
+        assert os.getxattr(here / "file", name) == value
+    with raises(errno.EEXIST):
+        os.setxattr(here / "file", "user.a", b"", os.XATTR_CREATE)
+    with raises(errno.ENODATA):
+        os.setxattr(here / "file", "user.d", b"", os.XATTR_REPLACE)
+    assert sorted(os.listxattr(here / "file")) == ["security.c", "trusted.b", "user.a"]
+
+
+def test_acl(here):
+    """POSIX ACLs are refused with EOPNOTSUPP."""
+    (here / "file").touch()
+    none = 0xFFFFFFFF
+    entries = ((1, 6, none), (2, 6, 1000), (4, 4, none), (16, 6, none), (32, 0, none))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    with raises(errno.EOPNOTSUPP):
+        os.setxattr(here / "file", "system.posix_acl_access", acl)
+
+
+def test_special_files(here):
+    """FIFOs, sockets and device nodes can be made."""
+    os.mkfifo(here / "fifo")
+    os.mknod(here / "socket", 0o140600)
+    os.mknod(here / "null", 0o020600, os.makedev(1, 3))
+    assert (here / "fifo").is_fifo()
+    assert (here / "socket").is_socket()
+    assert (here / "null").stat().st_rdev == os.makedev(1, 3)
+
+
+def test_fallocate(here):
+    """fallocate is EOPNOTSUPP; posix_fallocate of the C library writes zeros instead."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with (here / "file").open("wb") as handle:
+        size = ctypes.c_int64(100_000)
+        assert libc.fallocate(handle.fileno(), 0, ctypes.c_int64(0), size) == -1
+        assert ctypes.get_errno() == errno.EOPNOTSUPP
+        os.posix_fallocate(handle.fileno(), 0, 100_000)
+    assert (here / "file").stat().st_size == 100_000
+
+
+def test_seek_hole(here):
+    """SEEK_DATA and SEEK_HOLE take the whole file for data."""
+    with (here / "file").open("w+b") as handle:
+        handle.truncate(MIB)
+        assert os.lseek(handle.fileno(), 0, os.SEEK_DATA) == 0
+        assert os.lseek(handle.fileno(), 0, os.SEEK_HOLE) == MIB
+
+
+def test_copy_file_range(here):
+    """copy_file_range works; the bytes pass through this machine."""
+    data = os.urandom(500_000)
+    (here / "from").write_bytes(data)
+    with (here / "from").open("rb") as source, (here / "to").open("wb") as target:
+        copied = 0
+        while count := os.copy_file_range(source.fileno(), target.fileno(), 1 << 20):
+            copied += count
+    assert copied == len(data)
+    assert (here / "to").read_bytes() == data
+
+
+def test_locks(here):
+    """flock and fcntl locks hold between the processes of one machine."""
+    program = (
+        "import fcntl,sys\n"
+        "with open(sys.argv[1], 'r+') as f:\n"
+        "    try: getattr(fcntl, sys.argv[2])(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print('got')\n"
+        "    except OSError: print('busy')"
+    )
+    (here / "file").touch()
+    for name in ("flock", "lockf"):
+        with (here / "file").open("r+") as handle:
+            getattr(fcntl, name)(handle, fcntl.LOCK_EX)
+            assert run(program, here / "file", name) == "busy"
+        assert run(program, here / "file", name) == "got"
+
+
+def test_space(here):
+    """statfs shows 1 PiB of free space while projects have no quota."""
+    found = os.statvfs(here)
+    assert found.f_bavail * found.f_frsize == 1 << 50
+    assert found.f_namemax == 255
+
+
+def test_second_writer(here, net):
+    """A second read-write mount of a bucket is refused in a sentence naming host and process."""
+    other = Mount(net, "semantics", "-second")
+    done = other.mount(check=False)
+    assert done.returncode != 0
+    assert os.uname().nodename in done.stderr
+    other.mount(",ro")
+    assert other.point.is_mount()
+    other.umount()
+
+
+def test_every_sentence_has_its_test():
+    """Not a promise: the page and this module say the same."""
+    promised = [
+        line[2:].strip() for line in PROMISES.read_text().splitlines() if line.startswith("- ")
+    ]
+    shown = [
+        function.__doc__
+        for name, function in globals().items()
+        if name.startswith("test_") and not function.__doc__.startswith("Not a promise")
+    ]
+    assert promised == shown
