@@ -50,7 +50,7 @@ class Bucket:
     def __init__(self, mounted: Mounted) -> None:
         self.mounted = mounted
         self._fs = mounted.filesystem
-        self._caller = Caller(os.getuid(), os.getgid(), 0o022)
+        self._caller = Caller(os.getuid(), os.getgid(), 0)
 
     async def _walk(self, path: str) -> Inode:
         inode = self._fs.root

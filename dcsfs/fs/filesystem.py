@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import trio
 
 from dcsfs import keys
-from dcsfs.fs import loader
+from dcsfs.fs import acl, loader
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.journal import DentryState
 from dcsfs.fs.reader import Reader, ReadState
@@ -320,7 +320,10 @@ class FileSystem:
         rdev: int = 0,
         target: bytes = b"",
     ) -> Inode:
-        """Create a file, directory, symbolic link or special file; EEXIST."""
+        """Create a file, directory, symbolic link or special file; EEXIST.
+
+        The parent's default access list decides on the mode if there is one, else the umask.
+        """
         self._require_writable()
         parent = self._directory(parent_number)
         if kind is Kind.SYMLINK:
@@ -329,9 +332,22 @@ class FileSystem:
             if len(target) >= SYMLINK_BYTES_MAX:
                 raise FsError(errno.ENAMETOOLONG)
         await self._learn(parent, name)
-        await self._wait_for_room(4096)
+        default: acl.Acl = ()
+        if kind is not Kind.SYMLINK:
+            default = await self.xattrs.acl_of(parent_number, acl.DEFAULT)
+        await self._wait_for_room(8192 + 2 * len(acl.encode(default)))
         self._directory(parent_number)
-        return self._new_child(parent, name, kind, mode, caller, rdev=rdev, target=target)
+        if not default:
+            mode &= ~caller.umask
+            return self._new_child(parent, name, kind, mode, caller, rdev=rdev, target=target)
+        access = acl.inherit(default, mode)
+        mode = mode & 0o7000 | acl.mode_of(access)
+        inode = self._new_child(parent, name, kind, mode, caller, rdev=rdev, target=target)
+        if not acl.is_minimal(access):
+            self.xattrs.keep_acl(inode, acl.ACCESS, access)
+        if kind is Kind.DIRECTORY:
+            self.xattrs.keep_acl(inode, acl.DEFAULT, default)
+        return inode
 
     async def link(self, number: int, parent_number: int, name: bytes) -> Inode:
         """Add a name to a file; EPERM for a directory."""
@@ -554,7 +570,10 @@ class FileSystem:
         """chmod, chown, truncate, utimens. Permission is the kernel's business."""
         self._require_writable()
         inode = self._volume.get(number)
-        await self._wait_for_room(4096)
+        access: acl.Acl = ()
+        if changes.mode is not None:
+            access = await self.xattrs.acl_of(number, acl.ACCESS)
+        await self._wait_for_room(4096 + len(acl.encode(access)))
         now = self._now()
         if changes.size is not None:
             self._check_size(inode, changes.size)
@@ -562,6 +581,8 @@ class FileSystem:
             inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
         if changes.mode is not None:
             inode.mode = changes.mode & 0o7777
+            if access:
+                self.xattrs.keep_acl(inode, acl.ACCESS, acl.with_mode(access, inode.mode))
         if changes.uid is not None:
             inode.uid = changes.uid
         if changes.gid is not None:

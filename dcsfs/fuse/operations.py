@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
+from dcsfs.fs import acl
 from dcsfs.fs.errors import FsError, errno_of
 from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, Caller, Changes, FileSystem
 from dcsfs.fs.state import Inode
@@ -58,7 +59,7 @@ class DcsOperations(pyfuse3.Operations):
     """The handlers of one mount. The kernel's root inode is 1 whatever subtree is mounted."""
 
     supports_dot_lookup = False
-    enable_acl = False
+    enable_acl = True
 
     def __init__(self, filesystem: FileSystem, *, writeback_cache: bool) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class DcsOperations(pyfuse3.Operations):
         **extra: Any,
     ) -> pyfuse3.EntryAttributes:  # fmt: skip
         inode = await self._fs.create_node(
-            self._number(parent), name, kind, mode & ~ctx.umask, self._caller(ctx), **extra
+            self._number(parent), name, kind, mode, self._caller(ctx), **extra
         )
         return self._entry(inode)
 
@@ -234,7 +235,7 @@ class DcsOperations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Make and open a file."""
         handle, inode = await self._fs.create(
-            self._number(parent_inode), name, mode & ~ctx.umask, flags, self._caller(ctx)
+            self._number(parent_inode), name, mode, flags, self._caller(ctx)
         )
         return self._file_info(handle), self._entry(inode)
 
@@ -309,8 +310,15 @@ class DcsOperations(pyfuse3.Operations):
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
-        """Set an extended attribute."""
-        await self._fs.xattrs.set(self._number(inode), name, value)
+        """Set an extended attribute or an access control list."""
+        number = self._number(inode)
+        if name not in (acl.ACCESS, acl.DEFAULT):
+            await self._fs.xattrs.set(number, name, value)
+            return
+        # The kernel asks for this with a flag that pyfuse3 does not hand on (setxattr(2), ACLs).
+        groups = {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)} if ctx.uid else set()
+        is_stranger = bool(ctx.uid) and self._fs.inode(number).gid not in groups
+        await self._fs.xattrs.set_acl(number, name, value, clears_setgid=is_stranger)
 
     @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
