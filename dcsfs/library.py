@@ -56,7 +56,7 @@ class Bucket:
         inode = self._fs.root
         for part in _parts(path):
             try:
-                inode = await self._fs.lookup(inode.number, os.fsencode(part))
+                inode = await self._fs.directories.lookup(inode.number, os.fsencode(part))
             except FsError as error:
                 raise NotFound(f"{path!r} does not exist") from error
         return inode
@@ -73,7 +73,7 @@ class Bucket:
         prefix = path.strip("/") + "/" if path.strip("/") else ""
         found = [
             _info(prefix + os.fsdecode(entry.name), self._fs.inode(entry.child))
-            for entry in await self._fs.read_directory(inode.number)
+            for entry in await self._fs.directories.read(inode.number)
         ]
         return sorted(found, key=lambda item: item.path)
 
@@ -84,7 +84,7 @@ class Bucket:
         for number, part in enumerate(parts):
             name = os.fsencode(part)
             try:
-                inode = await self._fs.lookup(inode.number, name)
+                inode = await self._fs.directories.lookup(inode.number, name)
             except FsError as error:
                 if number + 1 < len(parts) and not parents:
                     raise NotFound(f"{path!r}: a parent does not exist") from error

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import trio
 
 from dcsfs import keys
-from dcsfs.fs import acl, loader
+from dcsfs.fs import acl
+from dcsfs.fs.directories import Directories
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.journal import DentryState
 from dcsfs.fs.reader import Reader, ReadState
@@ -32,16 +33,9 @@ from network.messages import Kind
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
-LOOKUPS_BEFORE_LISTING = 2
-"""A directory in use is listed whole: further names, and new ones, then need no satellite."""
 STATFS_BLOCK_BYTES = 4096
 STATFS_FREE_BYTES = 1 << 50
 """Shown while a project has no quota: 1 PiB, so that installers and copiers go ahead."""
-
-_CLEAN_FIELDS = (
-    "nlink", "mode", "uid", "gid", "atime_ns", "mtime_ns", "ctime_ns", "size",
-    "content_version", "committed_size", "allocated", "seal", "symlink",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +89,7 @@ class FileSystem:
         self.root = root or volume.root
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
+        self.directories = Directories(volume)
         self.xattrs = Xattrs(volume, self._prepare_change)
         self.is_read_only = volume.is_read_only
 
@@ -119,14 +114,6 @@ class FileSystem:
         if inode.lookup_count <= 0 and inode.is_reaped and inode.open_count == 0:
             del self._volume.inodes[number]
 
-    def _directory(self, number: int) -> Inode:
-        inode = self._volume.get(number)
-        if not inode.is_directory:
-            raise FsError(errno.ENOTDIR)
-        if inode.nlink == 0:
-            raise FsError(errno.ENOENT)
-        return inode
-
     def _require_writable(self) -> None:
         if self.is_read_only or self._volume.is_read_only:
             raise FsError(errno.EROFS)
@@ -139,92 +126,10 @@ class FileSystem:
         self._require_writable()
         await self._wait_for_room(count)
 
-    async def _learn(self, parent: Inode, name: bytes) -> None:
-        """Have a name's presence or absence in memory."""
-        keys.check_name(name)
-        if self._volume.is_read_only:
-            parent.children.pop(name, None)  # another mount may have changed it
-        elif name in parent.children or name in parent.absent or parent.is_complete:
-            dentry = parent.children.get(name)
-            if dentry is None or dentry.child in self._volume.inodes:
-                return
-        if not self._volume.is_read_only:
-            parent.lookups_sent += 1
-            if parent.lookups_sent > LOOKUPS_BEFORE_LISTING:
-                await self._complete(parent)
-                return
-        found = await loader.lookup(self._volume.client, parent, name)
-        if not self._volume.is_read_only and (name in parent.absent):
-            return  # removed here meanwhile
-        if found is None:
-            if name not in parent.children:
-                parent.absent.add(name)
-            return
-        dentry, inode = found
-        if self._volume.is_read_only:
-            self._refresh_clean(inode)
-        self._volume.adopt(inode)
-        parent.children.setdefault(name, dentry)
-        parent.absent.discard(name)
-
-    def _refresh_clean(self, fresh: Inode) -> None:
-        """On a read-only mount the satellite's record replaces what is in memory."""
-        known = self._volume.inodes.get(fresh.number)
-        if known is None:
-            return
-        if known.content_version != fresh.content_version:
-            known.rows, known.placements = fresh.rows, {}
-        for name in _CLEAN_FIELDS:
-            setattr(known, name, getattr(fresh, name))
-
-    def _known(self, parent: Inode, name: bytes) -> Dentry | None:
-        return parent.children.get(name)
-
-    def _child(self, parent: Inode, name: bytes) -> tuple[Dentry, Inode]:
-        dentry = parent.children.get(name)
-        if dentry is None:
-            raise FsError(errno.ENOENT)
-        return dentry, self._volume.get(dentry.child)
-
-    async def lookup(self, parent_number: int, name: bytes) -> Inode:
-        """Find a name; ENOENT."""
-        parent = self._directory(parent_number)
-        if name == b".":
-            return parent
-        if name == b"..":
-            return self._volume.get(parent.parent)
-        await self._learn(parent, name)
-        return self._child(parent, name)[1]
-
     async def start(self) -> None:
         """Have the root's entries in memory, so that names can be made there when offline."""
         if not self._volume.is_read_only:
-            await self._complete(self.root)
-
-    async def _complete(self, directory: Inode) -> None:
-        """Have all entries of a directory in memory."""
-        if directory.is_complete and not self._volume.is_read_only:
-            return
-        found = await loader.list_directory(self._volume.client, directory)
-        if self._volume.is_read_only:
-            directory.children.clear()
-        for dentry, inode in found:
-            if dentry.name in directory.absent:
-                continue
-            if self._volume.is_read_only:
-                self._refresh_clean(inode)
-            self._volume.adopt(inode)
-            directory.children.setdefault(dentry.name, dentry)
-        directory.is_complete = True
-
-    async def read_directory(self, number: int) -> list[Dentry]:
-        """All entries in dentry id order; the id is the cookie."""
-        directory = self._volume.get(number)
-        if not directory.is_directory:
-            raise FsError(errno.ENOTDIR)
-        if directory.nlink:
-            await self._complete(directory)
-        return sorted(directory.children.values(), key=lambda item: item.dentry_id)
+            await self.directories.complete(self.root)
 
     async def _wait_for_room(self, count: int) -> None:
         """Hold a writer back while the log is full; ENOSPC after a minute without progress."""
@@ -325,18 +230,18 @@ class FileSystem:
         The parent's default access list decides on the mode if there is one, else the umask.
         """
         self._require_writable()
-        parent = self._directory(parent_number)
+        parent = self.directories.get(parent_number)
         if kind is Kind.SYMLINK:
             if not target:
                 raise FsError(errno.ENOENT)
             if len(target) >= SYMLINK_BYTES_MAX:
                 raise FsError(errno.ENAMETOOLONG)
-        await self._learn(parent, name)
+        await self.directories.learn(parent, name)
         default: acl.Acl = ()
         if kind is not Kind.SYMLINK:
             default = await self.xattrs.acl_of(parent_number, acl.DEFAULT)
         await self._wait_for_room(8192 + 2 * len(acl.encode(default)))
-        self._directory(parent_number)
+        self.directories.get(parent_number)
         if not default:
             mode &= ~caller.umask
             return self._new_child(parent, name, kind, mode, caller, rdev=rdev, target=target)
@@ -352,12 +257,12 @@ class FileSystem:
     async def link(self, number: int, parent_number: int, name: bytes) -> Inode:
         """Add a name to a file; EPERM for a directory."""
         self._require_writable()
-        inode, parent = self._volume.get(number), self._directory(parent_number)
+        inode, parent = self._volume.get(number), self.directories.get(parent_number)
         if inode.is_directory:
             raise FsError(errno.EPERM)
-        await self._learn(parent, name)
+        await self.directories.learn(parent, name)
         await self._wait_for_room(4096)
-        self._directory(parent_number)
+        self.directories.get(parent_number)
         if name in parent.children:
             raise FsError(errno.EEXIST)
         if inode.nlink == 0:
@@ -385,10 +290,10 @@ class FileSystem:
     async def unlink(self, parent_number: int, name: bytes) -> None:
         """Remove a name; EISDIR for a directory."""
         self._require_writable()
-        parent = self._directory(parent_number)
-        await self._learn(parent, name)
+        parent = self.directories.get(parent_number)
+        await self.directories.learn(parent, name)
         await self._wait_for_room(4096)
-        dentry, inode = self._child(parent, name)
+        dentry, inode = self.directories.child(parent, name)
         if inode.is_directory:
             raise FsError(errno.EISDIR)
         self._remove(parent, dentry, inode)
@@ -396,14 +301,14 @@ class FileSystem:
     async def rmdir(self, parent_number: int, name: bytes) -> None:
         """Remove an empty directory; ENOTDIR, ENOTEMPTY."""
         self._require_writable()
-        parent = self._directory(parent_number)
-        await self._learn(parent, name)
-        _, inode = self._child(parent, name)
+        parent = self.directories.get(parent_number)
+        await self.directories.learn(parent, name)
+        _, inode = self.directories.child(parent, name)
         if not inode.is_directory:
             raise FsError(errno.ENOTDIR)
-        await self._complete(inode)
+        await self.directories.complete(inode)
         await self._wait_for_room(4096)
-        dentry, inode = self._child(parent, name)
+        dentry, inode = self.directories.child(parent, name)
         if inode.children:
             raise FsError(errno.ENOTEMPTY)
         self._remove(parent, dentry, inode)
@@ -442,17 +347,17 @@ class FileSystem:
         self._require_writable()
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
-        parent = self._directory(parent_number)
-        new_parent = self._directory(new_parent_number)
-        await self._learn(parent, name)
-        await self._learn(new_parent, new_name)
+        parent = self.directories.get(parent_number)
+        new_parent = self.directories.get(new_parent_number)
+        await self.directories.learn(parent, name)
+        await self.directories.learn(new_parent, new_name)
         target = new_parent.children.get(new_name)
         if target is not None and target.kind is Kind.DIRECTORY and flags == 0:
-            await self._complete(self._volume.get(target.child))
+            await self.directories.complete(self._volume.get(target.child))
         await self._wait_for_room(4096)
-        self._directory(parent_number)
-        self._directory(new_parent_number)
-        dentry, inode = self._child(parent, name)
+        self.directories.get(parent_number)
+        self.directories.get(new_parent_number)
+        dentry, inode = self.directories.child(parent, name)
         if inode.is_directory and self._is_below(new_parent, inode):
             raise FsError(errno.EINVAL)
         if flags == RENAME_EXCHANGE:
@@ -533,7 +438,7 @@ class FileSystem:
     def _exchange(
         self, parent: Inode, dentry: Dentry, inode: Inode, new_parent: Inode, new_name: bytes
     ) -> None:
-        other_dentry, other = self._child(new_parent, new_name)
+        other_dentry, other = self.directories.child(new_parent, new_name)
         if other.is_directory and self._is_below(parent, other):
             raise FsError(errno.EINVAL)
         if other is inode:
@@ -635,7 +540,7 @@ class FileSystem:
         except FsError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
-            inode = await self.lookup(parent_number, name)
+            inode = await self.directories.lookup(parent_number, name)
             return await self.open(inode.number, flags), inode
         return self._add_handle(inode), inode
 

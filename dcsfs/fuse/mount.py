@@ -274,7 +274,7 @@ async def resolve_subtree(filesystem: FileSystem, path: str) -> Inode:
     for part in path.strip("/").split("/"):
         if part:
             try:
-                inode = await filesystem.lookup(inode.number, os.fsencode(part))
+                inode = await filesystem.directories.lookup(inode.number, os.fsencode(part))
             except FsError as error:
                 raise NotFound(f"{path!r} does not exist in the bucket") from error
     return inode

@@ -112,7 +112,7 @@ class DcsOperations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Find a name."""
-        return self._entry(await self._fs.lookup(self._number(parent_inode), name))
+        return self._entry(await self._fs.directories.lookup(self._number(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Drop references; never raises."""
@@ -278,7 +278,7 @@ class DcsOperations(pyfuse3.Operations):
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List with attributes; the cookie is the permanent dentry id."""
-        for entry in await self._fs.read_directory(self._number(fh)):
+        for entry in await self._fs.directories.read(self._number(fh)):
             if entry.dentry_id <= start_id:
                 continue
             inode = self._fs.inode(entry.child)

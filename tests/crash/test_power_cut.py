@@ -44,7 +44,7 @@ async def tree_of(mount):
     fs, found = mount.filesystem, {}
 
     async def walk(number, prefix):
-        for entry in await fs.read_directory(number):
+        for entry in await fs.directories.read(number):
             inode = fs.inode(entry.child)
             path = prefix + entry.name.decode()
             content = inode.symlink
@@ -75,7 +75,7 @@ class Session:
         inode = self.fs.root
         for part in path.split("/"):
             if part:
-                inode = await self.fs.lookup(inode.number, part.encode())
+                inode = await self.fs.directories.lookup(inode.number, part.encode())
         return inode
 
     async def _parent(self, path):

@@ -79,7 +79,7 @@ async def test_round_trip_through_the_network(tmp_path, autojump_clock):
             for name, data in contents.items():
                 await write_file(fs, sub.number, name, data)
             await fs.create_node(sub.number, b"link", Kind.SYMLINK, 0o777, CALLER, target=b"file 1")
-            one = await fs.lookup(sub.number, b"file 1")
+            one = await fs.directories.lookup(sub.number, b"file 1")
             await fs.link(one.number, fs.root.number, b"hard")
             await fs.xattrs.set(one.number, b"user.colour", b"blue")
             await fs.set_attributes(one.number, Changes(mode=0o600, mtime_ns=123456789))
@@ -87,18 +87,18 @@ async def test_round_trip_through_the_network(tmp_path, autojump_clock):
             await close_session(m1)
         async with mounted(world, tmp_path, "other") as m2:
             fs = m2.filesystem
-            sub = await fs.lookup(fs.root.number, b"sub")
+            sub = await fs.directories.lookup(fs.root.number, b"sub")
             assert sub.mode == 0o750
-            names = [entry.name for entry in await fs.read_directory(sub.number)]
+            names = [entry.name for entry in await fs.directories.read(sub.number)]
             assert names == [*contents, b"link"]
             for name, data in contents.items():
-                inode = await fs.lookup(sub.number, name)
+                inode = await fs.directories.lookup(sub.number, name)
                 assert inode.size == len(data)
                 assert await read_file(fs, inode) == data
-            assert (await fs.lookup(sub.number, b"link")).symlink == b"file 1"
-            hard = await fs.lookup(fs.root.number, b"hard")
+            assert (await fs.directories.lookup(sub.number, b"link")).symlink == b"file 1"
+            hard = await fs.directories.lookup(fs.root.number, b"hard")
             assert (hard.nlink, hard.mode, hard.mtime_ns) == (2, 0o600, 123456789)
-            assert hard is await fs.lookup(sub.number, b"file 1")
+            assert hard is await fs.directories.lookup(sub.number, b"file 1")
             assert await fs.xattrs.get(hard.number, b"user.colour") == b"blue"
 
 
@@ -130,7 +130,7 @@ async def test_overwrite_truncate_and_holes_match_a_byte_array(tmp_path, autojum
             await m1.drain()
             await close_session(m1)
         async with mounted(world, tmp_path, "other") as m2:
-            inode = await m2.filesystem.lookup(m2.filesystem.root.number, b"f")
+            inode = await m2.filesystem.directories.lookup(m2.filesystem.root.number, b"f")
             assert await read_file(m2.filesystem, inode) == bytes(reference)
 
 
@@ -145,7 +145,7 @@ async def test_crash_after_fsync_replays_everything(tmp_path, autojump_clock):
             sub = await fs.create_node(fs.root.number, b"d", Kind.DIRECTORY, 0o755, CALLER)
             new = await write_file(fs, sub.number, b"new", data)
             await fs.rename(sub.number, b"new", fs.root.number, b"newer", 0)
-            old = await fs.lookup(fs.root.number, b"old")
+            old = await fs.directories.lookup(fs.root.number, b"old")
             handle = await fs.open(old.number, os.O_WRONLY)
             await fs.write(handle, 2, b"XX")
             await fs.xattrs.set(old.number, b"user.a", b"1")
@@ -155,17 +155,23 @@ async def test_crash_after_fsync_replays_everything(tmp_path, autojump_clock):
         async with mounted(world, tmp_path) as m2:
             fs = m2.filesystem
             assert m2.replayed > 0
-            assert await read_file(fs, await fs.lookup(fs.root.number, b"newer")) == data
-            assert await read_file(fs, await fs.lookup(fs.root.number, b"old")) == b"fiXXt"
+            assert (
+                await read_file(fs, await fs.directories.lookup(fs.root.number, b"newer")) == data
+            )
+            assert (
+                await read_file(fs, await fs.directories.lookup(fs.root.number, b"old")) == b"fiXXt"
+            )
             await m2.drain()
             await close_session(m2)
         async with mounted(world, tmp_path, "third") as m3:
             fs = m3.filesystem
-            assert await read_file(fs, await fs.lookup(fs.root.number, b"newer")) == data
-            old = await fs.lookup(fs.root.number, b"old")
+            assert (
+                await read_file(fs, await fs.directories.lookup(fs.root.number, b"newer")) == data
+            )
+            old = await fs.directories.lookup(fs.root.number, b"old")
             assert await read_file(fs, old) == b"fiXXt"
             assert await fs.xattrs.get(old.number, b"user.a") == b"1"
-            names = {entry.name for entry in await fs.read_directory(fs.root.number)}
+            names = {entry.name for entry in await fs.directories.read(fs.root.number)}
             assert names == {b"old", b"newer", b"d"}
 
 
@@ -182,7 +188,7 @@ async def test_namespace_errors_are_posix(tmp_path, autojump_clock):
                 await operation(*arguments)
             return errno_name(caught.value.errno)
 
-        assert await code(fs.lookup, root, b"nothing") == "ENOENT"
+        assert await code(fs.directories.lookup, root, b"nothing") == "ENOENT"
         assert await code(fs.create_node, root, b"f", Kind.FILE, 0o644, CALLER) == "EEXIST"
         assert await code(fs.rmdir, root, b"a") == "ENOTEMPTY"
         assert await code(fs.rmdir, root, b"f") == "ENOTDIR"
@@ -194,11 +200,11 @@ async def test_namespace_errors_are_posix(tmp_path, autojump_clock):
         assert await code(fs.rename, root, b"f", root, b"g", 8) == "EINVAL"
         assert await code(fs.link, a.number, root, b"l") == "EPERM"
         await fs.rename(root, b"f", root, b"g", RENAME_EXCHANGE)
-        assert await read_file(fs, await fs.lookup(root, b"f")) == b"y"
+        assert await read_file(fs, await fs.directories.lookup(root, b"f")) == b"y"
         await fs.rename(root, b"f", root, b"g", 0)
-        assert await read_file(fs, await fs.lookup(root, b"g")) == b"y"
+        assert await read_file(fs, await fs.directories.lookup(root, b"g")) == b"y"
         with pytest.raises(InvalidArgument):
-            await fs.lookup(root, b"a\0b")
+            await fs.directories.lookup(root, b"a\0b")
         await m1.drain()
         assert m1.volume.root.nlink == 3
 
@@ -337,14 +343,14 @@ async def _read_two(world, tmp_path):
         fs = m2.filesystem
         try:
             for name in (b"a", b"b"):
-                inode = await fs.lookup(fs.root.number, name)
+                inode = await fs.directories.lookup(fs.root.number, name)
                 await read_file(fs, inode)
         except IntegrityError:
             return "caught"
         except FsError:
-            directory = await fs.lookup(fs.root.number, b"d")
+            directory = await fs.directories.lookup(fs.root.number, b"d")
             try:
-                await fs.read_directory(directory.number)
+                await fs.directories.read(directory.number)
             except IntegrityError:
                 return "caught"
     return "not caught"
@@ -362,7 +368,7 @@ async def test_large_log_is_replayed_in_several_batches_over_several_crashes(
             for name, data in contents.items():
                 inode = await write_file(fs, fs.root.number, name, data[:500])
             for name, data in contents.items():
-                inode = await fs.lookup(fs.root.number, name)
+                inode = await fs.directories.lookup(fs.root.number, name)
                 handle = await fs.open(inode.number, os.O_WRONLY)
                 await fs.write(handle, 500, data[500:])
                 fs.release(handle)
@@ -381,10 +387,12 @@ async def test_large_log_is_replayed_in_several_batches_over_several_crashes(
             await close_session(m3)
         async with mounted(world, tmp_path, "fresh") as m4:
             fs = m4.filesystem
-            names = {entry.name for entry in await fs.read_directory(fs.root.number)}
+            names = {entry.name for entry in await fs.directories.read(fs.root.number)}
             assert names == set(contents)
             for name, data in contents.items():
-                assert await read_file(fs, await fs.lookup(fs.root.number, name)) == data
+                assert (
+                    await read_file(fs, await fs.directories.lookup(fs.root.number, name)) == data
+                )
 
 
 async def test_replay_guard_switched_off_loses_the_data(tmp_path, autojump_clock, monkeypatch):
@@ -400,7 +408,7 @@ async def test_replay_guard_switched_off_loses_the_data(tmp_path, autojump_clock
         monkeypatch.setattr("dcsfs.cache.log.WriteLog.replay", lambda self: iter(()))
         async with mounted(world, tmp_path) as m2:
             with pytest.raises(FsError):
-                await m2.filesystem.lookup(m2.filesystem.root.number, b"new")
+                await m2.filesystem.directories.lookup(m2.filesystem.root.number, b"new")
 
 
 async def test_reads_while_the_log_is_trimmed_see_the_right_bytes(tmp_path, autojump_clock):
@@ -428,7 +436,7 @@ async def test_read_only_mount_follows_a_writer_and_never_mixes_versions(tmp_pat
         async with mounted(world, tmp_path, "ro", read_only=True) as reader:
             other = reader.filesystem
             for number in range(1, 6):
-                seen = await other.lookup(other.root.number, b"f")
+                seen = await other.directories.lookup(other.root.number, b"f")
                 handle = await fs.open(inode.number, os.O_WRONLY)
                 await fs.write(handle, 0, b"%d" % number * 200_000)
                 fs.release(handle)
@@ -468,7 +476,7 @@ async def test_a_stream_fetches_every_byte_once(tmp_path, autojump_clock, monkey
             await m1.drain()
             await close_session(m1)
         async with mounted(world, tmp_path, "other", read_only=True) as m2:
-            inode = await m2.filesystem.lookup(m2.filesystem.root.number, b"big")
+            inode = await m2.filesystem.directories.lookup(m2.filesystem.root.number, b"big")
             handle = await m2.filesystem.open(inode.number, os.O_RDONLY)
             for offset in range(0, len(data), 1 << 20):
                 part = await m2.filesystem.read(handle, offset, 1 << 20)
