@@ -7,18 +7,17 @@ Sockets lie in one runtime directory per user, named after the daemon's pid, so 
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from network.errors import DcsError, InvalidArgument, Unavailable
+from network import control
+from network.control import Reply
+from network.errors import InvalidArgument, Unavailable
 
-LINE_BYTES_MAX = 1 << 20
-Reply = dict[str, Any]
-Command = Callable[[dict[str, Any]], Awaitable[Reply]]
+Command = control.Answer
 
 
 def runtime_directory() -> Path:
@@ -35,42 +34,12 @@ def runtime_directory() -> Path:
 async def serve(
     path: Path, commands: dict[str, Command], task_status: trio.TaskStatus[None]
 ) -> None:
-    """Answer requests until cancelled; the socket is removed at the end."""
-    path.unlink(missing_ok=True)
-    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-    await sock.bind(str(path))
-    path.chmod(0o600)
-    sock.listen(16)
-    task_status.started()
+    """Answer requests until cancelled; see `network.control.serve`."""
 
-    async def answer(stream: trio.SocketStream) -> None:
-        async with stream:
-            data = bytearray()
-            while not data.endswith(b"\n"):
-                received = await stream.receive_some()
-                if not received or len(data) > LINE_BYTES_MAX:
-                    return
-                data += received
-            reply: Reply
-            try:
-                request = json.loads(data)
-                reply = await commands[request["command"]](request)
-            except (DcsError, OSError) as error:
-                reply = {"error": str(error)}
-            except (ValueError, KeyError, TypeError) as error:
-                reply = {"error": f"malformed request: {error!r}"}
-            await stream.send_all(json.dumps(reply).encode() + b"\n")
+    async def answer(request: dict[str, Any]) -> Reply:
+        return await commands[request["command"]](request)
 
-    async def guarded(stream: trio.SocketStream) -> None:
-        try:
-            await answer(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return  # the asker went away
-
-    try:
-        await trio.serve_listeners(guarded, [trio.SocketListener(sock)])
-    finally:
-        path.unlink(missing_ok=True)
+    await control.serve(path, answer, task_status)
 
 
 def ask(endpoint: Path, command: str, timeout_s: float = 30.0, **arguments: object) -> Reply:

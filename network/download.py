@@ -149,7 +149,6 @@ class SegmentReader:
         self._required = handle.scheme.required
         self._on_bad_node = on_bad_node
         self._on_bytes = on_bytes
-        self.verified_bytes = 0
 
     async def read(self, start: int, end: int) -> list[memoryview]:
         """Bytes [start, end) of the segment as consecutive views, verified; see `stream`."""
@@ -358,7 +357,6 @@ class SegmentReader:
             stripe += 1
         if position == 0:
             raise ProtocolError("node sent an empty frame")
-        self.verified_bytes += position
         self._on_bytes(position)
         return stripe
 

@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 OOM_SCORE_ADJUSTMENT = -500
 _PR_SET_IO_FLUSHER = 57
 EXIT_FAILURE = 1
-EXIT_USAGE = 2
 
 
 def configure_logging(verbose: bool) -> None:

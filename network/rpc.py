@@ -166,7 +166,6 @@ class ConnectionPool:
         self._identity = identity
         self._idle: dict[PeerAddress, list[tuple[float, SecureStream]]] = defaultdict(list)
         self._outputs = OutputBuffers()
-        self.dialed = 0
 
     @asynccontextmanager
     async def lease(self, address: PeerAddress) -> AsyncIterator[SecureStream]:
@@ -176,7 +175,6 @@ class ConnectionPool:
         """
         stream = self._take(address)
         if stream is None:
-            self.dialed += 1
             raw = await self.runtime.connect(address.host, address.port)
             stream = await connect_secure(
                 raw, address.id, self._identity, FRAME_HEADER_BYTES_MAX, self._outputs

@@ -54,7 +54,6 @@ class _Attempt:
     grant: PieceGrant
     started: float
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    hedged: bool = False
 
 
 class SegmentUpload:
@@ -75,7 +74,6 @@ class SegmentUpload:
         self._key = Ed25519PrivateKey.from_private_bytes(order_key)
         self._on_bytes = on_bytes
         self._pending = deque(range(self._scheme.success))
-        self._running: set[int] = set()
         self._attempts: dict[int, list[_Attempt]] = {}
         self._receipts: dict[int, Receipt] = {}
         self._durations: list[float] = []

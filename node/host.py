@@ -5,7 +5,6 @@ The socket (mode 0600) takes one JSON object per line and answers with one:
 A kill closes listener and connections at once and flushes nothing, as SIGKILL would.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,14 +12,15 @@ from pathlib import Path
 
 import trio
 
-from network.errors import DcsError, InvalidArgument
+from network.control import Reply
+from network.control import serve as serve_control
+from network.errors import InvalidArgument
 from network.runtime import Listener, RawStream, Runtime, SystemRuntime
 from node.config import NodeConfig, load_identity
 from node.peer import Node
 
 log = logging.getLogger(__name__)
 
-CONTROL_LINE_BYTES_MAX = 1 << 20
 NOMINAL_BYTES_PER_S = 8_000_000
 """`slow=F` limits each connection to this rate divided by F."""
 
@@ -130,7 +130,11 @@ class Host:
                 for hosted in self._hosted.values():
                     starting.start_soon(self._start, hosted, nursery)
             if control is not None:
-                await nursery.start(self._serve_control, control, nursery)
+
+                async def answer(request: Reply) -> Reply:
+                    return await self._command(request, nursery)
+
+                await nursery.start(serve_control, control, answer)
             on_ready()
             await trio.sleep_forever()
 
@@ -158,32 +162,6 @@ class Host:
         nursery.start_soon(run)
         with trio.move_on_after(20):
             await ready.wait()
-
-    async def _serve_control(
-        self, path: Path, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
-    ) -> None:
-        path.unlink(missing_ok=True)
-        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        await sock.bind(str(path))
-        path.chmod(0o600)
-        sock.listen(16)
-        task_status.started()
-
-        async def serve(stream: trio.SocketStream) -> None:
-            async with stream:
-                data = bytearray()
-                while not data.endswith(b"\n") and len(data) < CONTROL_LINE_BYTES_MAX:
-                    received = await stream.receive_some()
-                    if not received:
-                        return
-                    data += received
-                try:
-                    answer = await self._command(json.loads(data), nursery)
-                except (DcsError, ValueError, KeyError, OSError) as error:
-                    answer = {"error": str(error)}
-                await stream.send_all(json.dumps(answer).encode() + b"\n")
-
-        await trio.serve_listeners(serve, [trio.SocketListener(sock)])
 
     async def _command(
         self, request: dict[str, object], nursery: trio.Nursery

@@ -182,7 +182,6 @@ class CleanCache:
         self.is_putting = False
         """Whether a `put` is on its way: another would be skipped."""
         self.hits = 0
-        self.misses = 0
         self.skipped = 0
         """Runs not kept: a reader that is faster than the disk goes on at its own speed."""
 
@@ -213,7 +212,6 @@ class CleanCache:
         try:
             slot = self._cache.get(self._name(extent_id, run))
             if not isinstance(slot, Slot):
-                self.misses += 1
                 return None
             with self._disk.pinned(slot):
                 data = await self._runtime.offload(self._disk.read, slot)

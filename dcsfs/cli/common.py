@@ -16,9 +16,6 @@ from network.runtime import Runtime, SystemRuntime
 
 T = TypeVar("T")
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-
 CONFIG_PATH = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "dcsfs.toml"
 SYSTEM_CONFIG_PATH = Path("/etc/dcsfs.toml")
 

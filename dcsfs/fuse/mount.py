@@ -21,6 +21,7 @@ from dcsfs.fs.state import Inode
 from dcsfs.fuse import readiness
 from dcsfs.fuse.operations import DcsOperations
 from dcsfs.uplink.inspect import describe_placement
+from network.control import Reply
 from network.errors import InvalidArgument, NotFound
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
 from network.rpc import ConnectionPool
@@ -181,7 +182,7 @@ class MountDaemon:
             counters.satellite_transactions,
         )
 
-    async def _status(self, request: dict[str, Any]) -> control.Reply:
+    async def _status(self, request: dict[str, Any]) -> Reply:
         mounted, operations = self._mounted, self._operations
         assert mounted is not None
         assert operations is not None
@@ -212,7 +213,7 @@ class MountDaemon:
             "recent_errors": operations.recent_errors,
         }
 
-    async def _sync(self, request: dict[str, Any]) -> control.Reply:
+    async def _sync(self, request: dict[str, Any]) -> Reply:
         assert self._mounted is not None
         if not await self._drain_with_progress():
             reason = self._mounted.writeback.last_error if self._mounted.writeback else ""
@@ -223,19 +224,19 @@ class MountDaemon:
             )
         return await self._status(request)
 
-    async def _drain_step(self, request: dict[str, Any]) -> control.Reply:
+    async def _drain_step(self, request: dict[str, Any]) -> Reply:
         """Ask for a flush and report at once, for progress lines."""
         assert self._mounted is not None
         if self._mounted.writeback is not None:
             self._mounted.writeback.demand()
         return await self._status(request)
 
-    async def _unmount(self, request: dict[str, Any]) -> control.Reply:
+    async def _unmount(self, request: dict[str, Any]) -> Reply:
         """Tell the daemon that the unmount is next, and whether it should flush after it."""
         self._is_detaching = bool(request.get("detach"))
         return await self._status(request)
 
-    async def _remount(self, request: dict[str, Any]) -> control.Reply:
+    async def _remount(self, request: dict[str, Any]) -> Reply:
         assert self._mounted is not None
         read_only = bool(request.get("read_only"))
         if not read_only and self._mounted.volume.is_read_only:
@@ -245,7 +246,7 @@ class MountDaemon:
         self._mounted.filesystem.is_read_only = read_only
         return await self._status(request)
 
-    async def _stat(self, request: dict[str, Any]) -> control.Reply:
+    async def _stat(self, request: dict[str, Any]) -> Reply:
         """Extents of a path below the mount point, for `dcsfs stat`."""
         assert self._mounted is not None
         mounted = self._mounted

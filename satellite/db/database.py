@@ -76,7 +76,6 @@ class Database:
         self._queue: list[_Write[object]] = []
         self._wake = trio.Event()
         self._busy = False
-        self.commits = 0
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
@@ -138,7 +137,6 @@ class Database:
                     item.error = error
                 connection.execute("RELEASE item")
             connection.execute("COMMIT")
-            self.commits += 1
         except sqlite3.Error as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")

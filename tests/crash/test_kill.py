@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,17 @@ def kill_under_load(mount, manifest, seed, begun):
         stdout=subprocess.PIPE,
         text=True,
     )
+    deadline = threading.Timer(120, writer.kill)  # ends the loop below, and then the test
+    deadline.start()
     for line in writer.stdout:
         manifest.note(line)
         begun -= json.loads(line)[0] == "begin"
         if begun == 0:
             begun = -1
             os.kill(pid, signal.SIGKILL)
+    deadline.cancel()
     assert begun < 0, "the writer ended by itself"
-    writer.wait(timeout=60)
+    assert writer.wait(timeout=60) == 0, "the writer hung"
     writer.stdout.close()
     subprocess.run(["umount", "-i", "-l", str(mount.point)], check=True, timeout=60)
 
