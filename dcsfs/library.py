@@ -15,8 +15,8 @@ from pathlib import Path
 import trio
 
 from dcsfs.access import AccessGrant
+from dcsfs.fs.building import Caller, Changes
 from dcsfs.fs.errors import FsError
-from dcsfs.fs.filesystem import Caller, Changes
 from dcsfs.fs.mounted import Mounted, VolumeOptions, close_session, open_volume
 from dcsfs.fs.state import Inode
 from dcsfs.uplink import buckets

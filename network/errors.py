@@ -7,7 +7,9 @@
       NotFound  AlreadyExists  NotADirectory  IsADirectory  NotEmpty  InvalidArgument  NameTooLong
       PreconditionFailed     the state a commit was based on has changed
       BucketBusy             another read-write session holds the bucket
-      SessionLost            this session has expired or was taken over
+      SessionLost            this session has expired and others are at work: open it again
+      SequenceConflict       the session's log is a copy: another one has gone on from it
+      Reserved               another session has older content for the file, which comes first
       NodeFull  OrderRefused  LimitExceeded        a storage node's reasons
       IntegrityError         bytes do not match their hash, seal or tag
         WrongPassphrase
@@ -96,7 +98,7 @@ class BucketBusy(DcsError):
 
 
 class SessionLost(DcsError):
-    """The session has expired or was taken over."""
+    """The session has expired and others are at work: it must be opened again."""
 
     code = 12
 
@@ -171,6 +173,18 @@ class Internal(DcsError):
     """The peer failed; its log has the details."""
 
     code = 24
+
+
+class SequenceConflict(DcsError):
+    """A batch does not follow the last one: the cache directory was copied or restored."""
+
+    code = 25
+
+
+class Reserved(DcsError):
+    """Another session has staged content for the file before: it comes first; try again."""
+
+    code = 26
 
 
 def _all_classes(root: type[DcsError]) -> list[type[DcsError]]:

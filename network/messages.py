@@ -28,6 +28,7 @@ from network.limits import (
     LOCATE_SEGMENTS_MAX,
     MACAROON_BYTES_MAX,
     MAP_PAGE_ROWS_MAX,
+    OPEN_SESSION_DEADLINE_S,
     PIECES_PER_SEGMENT_MAX,
     SYMLINK_BYTES_MAX,
     XATTR_VALUE_BYTES_MAX,
@@ -188,12 +189,17 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class SetAttributes:
-    """Set an inode's clear attributes and its seal."""
+    """Set an inode's clear attributes and its seal.
+
+    PreconditionFailed unless its seal is `expected_seal` (empty: any), so that two writers cannot
+    leave a seal over a state that never was.
+    """
 
     TAG: ClassVar[int] = 6
     inode: int
     attributes: Attributes
     seal: Seal
+    expected_seal: Seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +214,8 @@ class Range:
 class CommitContent:
     """Edit a file's extent map: cut at `cut`, clear ranges, add rows; then set size and seal.
 
-    PreconditionFailed unless the inode is at `expected_version`; it ends at one more.
+    PreconditionFailed unless the inode is at `expected_version`, where it ends at one more, and
+    its seal is `expected_seal` (empty: any).
     """
 
     TAG: ClassVar[int] = 7
@@ -222,6 +229,7 @@ class CommitContent:
     rows: Annotated[tuple[Row, ...], Max(MAP_PAGE_ROWS_MAX)]
     attributes: Attributes
     seal: Seal
+    expected_seal: Seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +289,16 @@ class Reap:
     inode: int
 
 
+@dataclass(frozen=True, slots=True)
+class Touch:
+    """Set times alone, which no seal covers: for what a change beside the inode does to it."""
+
+    TAG: ClassVar[int] = 12
+    inode: int
+    mtime_ns: int | None
+    ctime_ns: int
+
+
 Operation = (
     Create
     | Link
@@ -293,6 +311,7 @@ Operation = (
     | PutSegment
     | PutInline
     | Reap
+    | Touch
 )
 
 
@@ -301,7 +320,8 @@ class ApplyRequest:
     """A batch of operations of a session, in order.
 
     Idempotent: the last (sequence, chain) is kept with its result in the same transaction. If
-    `atomic`, one failure undoes all; otherwise each item stands alone.
+    `atomic`, one failure undoes all; otherwise each item stands alone. A `direct` batch (written
+    through, not logged by the client) has a sequence of its own and no chain.
     """
 
     api_key: ApiKey
@@ -309,6 +329,7 @@ class ApplyRequest:
     sequence: int
     chain: Hash
     atomic: bool
+    direct: bool
     operations: Annotated[tuple[Operation, ...], Max(APPLY_OPERATIONS_MAX)]
 
 
@@ -394,9 +415,10 @@ class BucketList:
 
 @dataclass(frozen=True, slots=True)
 class OpenSessionRequest:
-    """Open or reclaim the bucket's read-write session.
+    """Open or reclaim a read-write session; a lease that another one holds is recalled first.
 
-    `cache_id` names the cache directory: the same one reclaims its session at once.
+    `cache_id` names the cache directory: the same one reclaims its session at once. An exclusive
+    session shares the bucket with no other.
     """
 
     api_key: ApiKey
@@ -404,6 +426,7 @@ class OpenSessionRequest:
     cache_id: Annotated[bytes, Max(16)]
     host: Text
     pid: int
+    is_exclusive: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +436,8 @@ class SessionInfo:
     session_id: SessionID
     last_sequence: int
     last_chain: Hash
+    direct_sequence: int
+    holds_lease: bool
     first_number: int
     """First of `number_count` numbers for inodes and dentries."""
     number_count: int
@@ -703,7 +728,7 @@ CREATE_BUCKET = Method(17, CreateBucketRequest, BucketInfo)
 GET_BUCKET = Method(18, BucketRequest, BucketInfo)
 LIST_BUCKETS = Method(19, ProjectRequest, BucketList)
 DELETE_BUCKET = Method(20, BucketRequest, Empty)
-OPEN_SESSION = Method(21, OpenSessionRequest, SessionInfo)
+OPEN_SESSION = Method(21, OpenSessionRequest, SessionInfo, OPEN_SESSION_DEADLINE_S)
 RENEW_SESSION = Method(22, SessionRequest, Empty)
 CLOSE_SESSION = Method(23, SessionRequest, Empty)
 LOOKUP = Method(24, LookupRequest, EntryRecord)

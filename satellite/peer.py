@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from network import coherence
 from network import messages as m
 from network.errors import (
     IntegrityError,
@@ -28,6 +29,7 @@ from network.runtime import Listener, Runtime, now_s
 from satellite import overlay
 from satellite.config import SatelliteConfig
 from satellite.db.database import Database, Transaction
+from satellite.hub import Hub
 from satellite.metabase import batch, buckets, dentries, extents, inodes, segments, sessions
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Satellite:
             (m.LIST_DIRECTORY, self._list_directory),
             (m.GET_MAP, self._get_map),
             (m.GET_XATTRS, self._get_xattrs),
+            (coherence.SUBSCRIBE, self._subscribe),
+            (coherence.ACQUIRE_LEASE, self._acquire_lease),
             (m.APPLY, self._apply),
             (m.BEGIN_SEGMENT, self._begin_segment),
             (m.OPEN_SEGMENTS, self._open_segments),
@@ -77,6 +81,7 @@ class Satellite:
 
     async def run(self, listener: Listener) -> None:
         """Serve until cancelled."""
+        self._hub = Hub()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._db.commit_forever)
             nursery.start_soon(self._server.serve, listener)
@@ -160,18 +165,35 @@ class Satellite:
             raise InvalidArgument("cache id must be 16 bytes")
         new_id = SessionID(self._runtime.random_bytes(16))
 
-        def write(tx: Transaction) -> m.SessionInfo:
-            bucket_id = buckets.get_id(tx, project_id, request.bucket)
+        bucket_id = self._db.read(lambda tx: buckets.get_id(tx, project_id, request.bucket))
+
+        def lease_holders(tx: Transaction) -> list[SessionID]:
+            sessions.check_exclusive(tx, bucket_id, request, self._now_s)
+            others = sessions.others_active(tx, bucket_id, request.cache_id, self._now_s)
+            return [session_id for session_id, holds_lease in others if holds_lease]
+
+        recalled: set[SessionID] = set()
+
+        def write(tx: Transaction) -> m.SessionInfo | None:
+            if not recalled.issuperset(lease_holders(tx)):
+                return None  # somebody has opened a session since
             return sessions.open_session(tx, bucket_id, request, new_id, self._now_s)
 
-        return await self._db.write(write)
+        with self._hub.opening(bucket_id):
+            while True:
+                for holder in self._db.read(lease_holders):
+                    await self._hub.recall(holder, lambda: not self._db.read(lease_holders))
+                    recalled.add(holder)
+                info = await self._db.write(write)
+                if info is not None:
+                    return info
 
     async def _renew_session(self, call: Call[m.SessionRequest]) -> m.Empty:
         project_id = self._authorize_anywhere(call.request.api_key)
 
         def write(tx: Transaction) -> None:
             session_id = call.request.session_id
-            sessions.get_active(tx, project_id, session_id, self._now_s)
+            sessions.get(tx, project_id, session_id, self._now_s)
             sessions.renew(tx, session_id, self._now_s)
 
         await self._db.write(write)
@@ -181,11 +203,52 @@ class Satellite:
         project_id = self._authorize_anywhere(call.request.api_key)
 
         def write(tx: Transaction) -> None:
-            session = sessions.get_active(tx, project_id, call.request.session_id, self._now_s)
+            session = sessions.get(tx, project_id, call.request.session_id, self._now_s)
             sessions.close(tx, session)
 
         await self._db.write(write)
+        self._hub.forget(call.request.session_id)
         return m.Empty()
+
+    async def _subscribe(self, call: Call[coherence.SubscribeRequest]) -> None:
+        session_id = call.request.session_id
+        project_id = self._authorize_anywhere(call.request.api_key)
+
+        def state(tx: Transaction) -> bool:
+            sessions.get(tx, project_id, session_id, self._now_s)
+            return sessions.holds_lease(tx, session_id)
+
+        async def release(reserved: Sequence[coherence.Reservation]) -> None:
+            def write(tx: Transaction) -> None:
+                session = sessions.get(tx, project_id, session_id, self._now_s)
+                sessions.reserve(tx, session, reserved)
+                sessions.release_lease(tx, session_id)
+
+            await self._db.write(write)
+
+        await self._hub.serve(
+            session_id,
+            call.stream,
+            holds_lease=self._db.read(state),
+            is_alone=lambda: self._db.read(
+                lambda tx: sessions.is_alone(tx, session_id, self._now_s)
+            ),
+            on_released=release,
+        )
+
+    async def _acquire_lease(
+        self, call: Call[coherence.AcquireLeaseRequest]
+    ) -> coherence.AcquireLeaseResponse:
+        request = call.request
+        project_id = self._authorize_anywhere(request.api_key)
+
+        def write(tx: Transaction) -> bool:
+            session = sessions.get(tx, project_id, request.session_id, self._now_s)
+            if self._hub.is_opening(session.bucket_id):
+                return False  # the lease would be recalled at once
+            return sessions.acquire_lease(tx, session, request.open_orphans, self._now_s)
+
+        return coherence.AcquireLeaseResponse(await self._db.write(write))
 
     async def _lookup(self, call: Call[m.LookupRequest]) -> m.EntryRecord:
         r = call.request
@@ -235,8 +298,8 @@ class Satellite:
         self._check_some_receipts(request.operations)
         has_deletes = any(isinstance(op, m.Unlink) for op in request.operations)
 
-        def write(tx: Transaction) -> m.ApplyResponse:
-            session = sessions.get_active(tx, project_id, request.session_id, self._now_s)
+        def write(tx: Transaction) -> tuple[m.ApplyResponse, tuple[SessionID, ...]]:
+            session = sessions.get(tx, project_id, request.session_id, self._now_s)
             row = tx.one("SELECT name FROM bucket WHERE bucket_id=?", (session.bucket_id,))
             assert row is not None
             macaroon = Macaroon.decode(request.api_key)
@@ -247,9 +310,12 @@ class Satellite:
                 write=True,
                 delete=has_deletes,
             )
-            return batch.apply(tx, session, request)
+            return batch.apply(tx, session, request, self._now_s), session.others
 
-        return await self._db.write(write)
+        response, others = await self._db.write(write)
+        if others:
+            await self._hub.publish(others, batch.changes_of(request, response))
+        return response
 
     def _check_some_receipts(self, operations: Sequence[m.Operation]) -> None:
         """Verify a few receipts of each new segment, chosen at random; OrderRefused if bad."""
@@ -296,7 +362,7 @@ class Satellite:
         now_ns = self._runtime.now_ns()
 
         def write(tx: Transaction) -> None:
-            session = sessions.get_active(tx, project_id, request.session_id, self._now_s)
+            session = sessions.get(tx, project_id, request.session_id, self._now_s)
             segments.offer(tx, session.bucket_id, segment_id, request.size, scheme, secret, now_ns)
 
         await self._db.write(write)

@@ -60,6 +60,7 @@ def build_options(
     if sync not in ("local", "network", "sync"):
         raise InvalidArgument(f"sync must be local or network, not {sync!r}")
     read_only = values.pop("ro", None) is not None
+    exclusive = values.pop("exclusive", None) is not None
     cache_dir = values.pop("cache_dir", "")
     cache_size = values.pop("cache_size", "")
     volume = VolumeOptions(
@@ -67,8 +68,8 @@ def build_options(
         parse_size(cache_size) if cache_size else CACHE_BYTES_DEFAULT,
         read_only=read_only,
         sync_to_network=sync == "network",
+        is_exclusive=exclusive and not read_only,
     )
-    exclusive = values.pop("exclusive", None) is not None
     stock_wait = values.pop("stock_wait", None) is not None
     allow_other = values.pop("allow_other", None) is not None or os.getuid() == 0
     kernel = {name for name in values if name in KERNEL_OPTIONS}

@@ -1,6 +1,7 @@
 """Names: what is known of directories in memory, and how it gets there.
 
-A writable mount knows for good what it has learned, because nobody else can change the bucket; a
+A mount that holds the lease knows for good what it has learned. A shared one knows it as long as
+the satellite vouches for it (`Volume.is_trusted`); what others change is forgotten name by name. A
 read-only one asks again.
 """
 
@@ -9,16 +10,15 @@ import errno
 from dcsfs import keys
 from dcsfs.fs import loader
 from dcsfs.fs.errors import FsError
-from dcsfs.fs.state import Dentry, Inode
+from dcsfs.fs.state import Dentry, Inode, follow
 from dcsfs.fs.volume import Volume
+from network import messages as m
+from network.errors import NotFound
 
 LOOKUPS_BEFORE_LISTING = 2
 """A directory in use is listed whole: further names, and new ones, then need no satellite."""
-
-_CLEAN_FIELDS = (
-    "nlink", "mode", "uid", "gid", "atime_ns", "mtime_ns", "ctime_ns", "size",
-    "content_version", "committed_size", "allocated", "seal", "symlink",
-)  # fmt: skip
+TRIES_MAX = 5
+"""Answers that a change by others has overtaken; then the last one is used and not kept."""
 
 
 class Directories:
@@ -36,45 +36,88 @@ class Directories:
             raise FsError(errno.ENOENT)
         return inode
 
-    async def learn(self, parent: Inode, name: bytes) -> None:
-        """Have a name's presence or absence in memory."""
-        keys.check_name(name)
-        if self._volume.is_read_only:
-            parent.children.pop(name, None)  # another mount may have changed it
-        elif name in parent.children or name in parent.absent or parent.is_complete:
-            dentry = parent.children.get(name)
-            if dentry is None or dentry.child in self._volume.inodes:
+    async def fresh(self, number: int) -> Inode:
+        """An inode as it is now; from memory, without a checkpoint, where that is known."""
+        inode = self._volume.get(number)
+        if inode.is_stale or (self._volume.is_shared and not self._volume.is_trusted):
+            await self._refresh(inode)
+        return inode
+
+    async def fresh_directory(self, number: int) -> Inode:
+        """As `fresh`; ENOTDIR, ENOENT."""
+        await self.fresh(number)
+        return self.get(number)
+
+    async def _refresh(self, inode: Inode) -> None:
+        volume = self._volume
+        request = m.InodeRequest(volume.client.api_key, volume.client.bucket, inode.number)
+        for _ in range(TRIES_MAX):
+            seen = volume.events_seen
+            try:
+                record = await volume.client.call(m.GET_INODE, request)
+            except NotFound:
+                inode.nlink, inode.is_stale = 0, False
                 return
-        if not self._volume.is_read_only:
+            follow(inode, loader.inode_from(volume.client, record, inode.key, inode.parent))
+            if volume.events_seen == seen:
+                inode.is_stale = False
+                return
+
+    async def learn(self, parent: Inode, name: bytes) -> None:
+        """Have a name's presence or absence in memory, and its inode as it is now."""
+        keys.check_name(name)
+        volume = self._volume
+        if not volume.is_trusted:
+            volume.forget_name(parent, name)  # another mount may have changed it
+        elif self._is_known(parent, name):
+            dentry = parent.children.get(name)
+            if dentry is None:
+                return
+            if dentry.child in volume.inodes:
+                await self.fresh(dentry.child)
+                return
+        if volume.is_trusted and not parent.is_complete:
             parent.lookups_sent += 1
             if parent.lookups_sent > LOOKUPS_BEFORE_LISTING:
                 await self.complete(parent)
                 return
-        found = await loader.lookup(self._volume.client, parent, name)
-        if not self._volume.is_read_only and (name in parent.absent):
-            return  # removed here meanwhile
+        for _ in range(TRIES_MAX):
+            if await self._look_up(parent, name):
+                return
+
+    @staticmethod
+    def _is_known(parent: Inode, name: bytes) -> bool:
+        if name in parent.children or name in parent.absent:
+            return True
+        return parent.is_complete and name not in parent.unknown
+
+    async def _look_up(self, parent: Inode, name: bytes) -> bool:
+        """Ask for one name; False if others have changed names meanwhile."""
+        volume = self._volume
+        seen, changes = volume.events_seen, parent.name_changes
+        found = await loader.lookup(volume.client, parent, name)
+        is_current = parent.name_changes == changes
+        if not volume.is_shared and not volume.is_read_only and name in parent.absent:
+            return True  # removed here meanwhile
+        if is_current:
+            parent.unknown.discard(name)
         if found is None:
             if name not in parent.children:
                 parent.absent.add(name)
-            return
+            return is_current
         dentry, inode = found
-        if self._volume.is_read_only:
-            self._refresh_clean(inode)
-        self._volume.adopt(inode)
+        self._adopt(inode, seen)
         parent.children.setdefault(name, dentry)
         parent.absent.discard(name)
+        if not is_current:
+            parent.unknown.add(name)
+        return is_current
 
-    def _refresh_clean(self, fresh: Inode) -> None:
-        """On a read-only mount the satellite's record replaces what is in memory."""
-        known = self._volume.inodes.get(fresh.number)
-        if known is None:
-            return
-        if known.content_version != fresh.content_version:
-            known.rows, known.placements = fresh.rows, {}
-        if known.ctime_ns != fresh.ctime_ns:  # attributes may be others: ask again when needed
-            known.xattrs, known.xattr_count = fresh.xattrs, fresh.xattr_count
-        for name in _CLEAN_FIELDS:
-            setattr(known, name, getattr(fresh, name))
+    def _adopt(self, inode: Inode, seen: int) -> None:
+        """Keep a loaded inode; stale from the start if others changed anything meanwhile."""
+        adopted = self._volume.adopt(inode)
+        if self._volume.is_shared:
+            adopted.is_stale = self._volume.events_seen != seen
 
     def child(self, parent: Inode, name: bytes) -> tuple[Dentry, Inode]:
         """A name that has been learned; ENOENT."""
@@ -87,31 +130,42 @@ class Directories:
         """Find a name; ENOENT."""
         parent = self.get(parent_number)
         if name == b".":
-            return parent
+            return await self.fresh(parent_number)
         if name == b"..":
-            return self._volume.get(parent.parent)
+            return await self.fresh(parent.parent)
         await self.learn(parent, name)
         return self.child(parent, name)[1]
 
     async def complete(self, directory: Inode) -> None:
         """Have all entries of a directory in memory."""
-        if directory.is_complete and not self._volume.is_read_only:
-            return
-        found = await loader.list_directory(self._volume.client, directory)
-        if self._volume.is_read_only:
-            directory.children.clear()
+        for _ in range(TRIES_MAX):
+            if directory.is_complete and self._volume.is_trusted:
+                for name in list(directory.unknown)[:TRIES_MAX]:
+                    await self._look_up(directory, name)
+                if not directory.unknown:
+                    return
+            if await self._list(directory):
+                return
+
+    async def _list(self, directory: Inode) -> bool:
+        """List the directory; False if others have changed names meanwhile."""
+        volume = self._volume
+        seen, changes = volume.events_seen, directory.name_changes
+        found = await loader.list_directory(volume.client, directory)
+        is_current = directory.name_changes == changes
+        if volume.is_read_only or volume.is_shared:
+            volume.forget_names(directory)
         for dentry, inode in found:
             if dentry.name in directory.absent:
                 continue
-            if self._volume.is_read_only:
-                self._refresh_clean(inode)
-            self._volume.adopt(inode)
+            self._adopt(inode, seen)
             directory.children.setdefault(dentry.name, dentry)
-        directory.is_complete = True
+        directory.is_complete = is_current
+        return is_current
 
     async def read(self, number: int) -> list[Dentry]:
         """All entries in dentry id order; the id is the cookie."""
-        directory = self._volume.get(number)
+        directory = await self.fresh(number)
         if not directory.is_directory:
             raise FsError(errno.ENOTDIR)
         if directory.nlink:

@@ -44,3 +44,9 @@ def errno_of(error: BaseException) -> int:
         if cls in _TABLE:
             return _TABLE[cls]
     return errno.EIO
+
+
+def as_fs_error(error: Exception) -> Exception:
+    """The FsError for an error in the table; others stay what they are."""
+    code = _TABLE.get(type(error)) if isinstance(error, e.DcsError) else None
+    return FsError(code, str(error)) if code is not None else error

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 import trio
 
-from dcsfs import keys
-from dcsfs.fs import acl
+from dcsfs.fs import acl, building
+from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
+from dcsfs.fs.direct import DirectCalls
 from dcsfs.fs.directories import Directories
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.journal import DentryState
+from dcsfs.fs.lease import LeaseChanged, by_lease
 from dcsfs.fs.reader import Reader, ReadState
+from dcsfs.fs.shared import SharedNames
 from dcsfs.fs.state import Dentry, Inode
 from dcsfs.fs.volume import Volume
 from dcsfs.fs.writeback import Writeback
 from dcsfs.fs.xattrs import Xattrs
-from dcsfs.keys import InodeKey, Place, Sealed
 from network import messages as m
-from network.extentmap import EMPTY_MAP_ROOT
 from network.limits import (
     CACHE_SPACE_DEADLINE_S,
     FILE_BYTES_MAX,
@@ -31,33 +32,9 @@ from network.limits import (
 )
 from network.messages import Kind
 
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
 STATFS_BLOCK_BYTES = 4096
 STATFS_FREE_BYTES = 1 << 50
 """Shown while a project has no quota: 1 PiB, so that installers and copiers go ahead."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who makes a request."""
-
-    uid: int
-    gid: int
-    umask: int
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What setattr should set; None leaves a field as it is."""
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    ctime_ns: int | None = None
 
 
 @dataclass(slots=True)
@@ -76,12 +53,13 @@ class FileSystem:
         volume: Volume,
         reader: Reader,
         writeback: Writeback | None,
+        direct: DirectCalls | None,
         *,
         log_bytes_max: int,
         sync_to_network: bool = False,
         root: Inode | None = None,
     ) -> None:
-        self._volume = volume
+        self.volume = volume
         self._reader = reader
         self._writeback = writeback
         self._log_bytes_max = log_bytes_max
@@ -90,7 +68,11 @@ class FileSystem:
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
         self.directories = Directories(volume)
-        self.xattrs = Xattrs(volume, self._prepare_change)
+        self.xattrs = Xattrs(volume, self.directories, direct, self._prepare_change)
+        self.shared: SharedNames | None = None
+        """Stands in for the methods that are `by_lease`; None on a read-only mount."""
+        if writeback is not None and direct is not None:
+            self.shared = SharedNames(volume, self.directories, direct, writeback, self.xattrs)
         self.is_read_only = volume.is_read_only
 
     @property
@@ -99,25 +81,25 @@ class FileSystem:
         return len(self._handles)
 
     def _now(self) -> int:
-        return self._volume.runtime.now_ns()
+        return self.volume.runtime.now_ns()
 
     def inode(self, number: int) -> Inode:
         """An inode by number; ESTALE if unknown."""
-        return self._volume.get(number)
+        return self.volume.get(number)
 
     def forget(self, number: int, count: int) -> None:
         """The kernel drops `count` references; never raises."""
-        inode = self._volume.inodes.get(number)
+        inode = self.volume.inodes.get(number)
         if inode is None:
             return
         inode.lookup_count -= count
         if inode.lookup_count <= 0 and inode.is_reaped and inode.open_count == 0:
-            del self._volume.inodes[number]
+            del self.volume.inodes[number]
 
     def _require_writable(self) -> None:
-        if self.is_read_only or self._volume.is_read_only:
+        if self.is_read_only or self.volume.is_read_only:
             raise FsError(errno.EROFS)
-        failure = self._volume.log.failure
+        failure = self.volume.log.failure
         if failure is not None:
             raise FsError(errno.EIO, f"the cache disk failed: {failure.strerror}")
 
@@ -128,13 +110,18 @@ class FileSystem:
 
     async def start(self) -> None:
         """Have the root's entries in memory, so that names can be made there when offline."""
-        if not self._volume.is_read_only:
+        if not self.volume.is_read_only:
             await self.directories.complete(self.root)
 
-    async def _wait_for_room(self, count: int) -> None:
-        """Hold a writer back while the log is full; ENOSPC after a minute without progress."""
-        log = self._volume.log
+    async def _wait_for_room(self, count: int, *, needs_lease: bool = True) -> None:
+        """Hold a writer back while the log is full; ENOSPC after a minute without progress.
+
+        Raises LeaseChanged when a change that is answered here may not be any more.
+        """
+        log = self.volume.log
         if log.disk_bytes + count <= self._log_bytes_max:
+            if needs_lease and self.volume.is_shared:
+                raise LeaseChanged
             self._reserve(count)
             return
         assert self._writeback is not None
@@ -149,11 +136,13 @@ class FileSystem:
             if log.disk_bytes < level:
                 level = log.disk_bytes
                 deadline = trio.current_time() + CACHE_SPACE_DEADLINE_S
+        if needs_lease and self.volume.is_shared:
+            raise LeaseChanged
         self._reserve(count)
 
     def _reserve(self, count: int) -> None:
         try:
-            self._volume.log.reserve(count)
+            self.volume.log.reserve(count)
         except OSError as error:
             raise FsError(errno.ENOSPC, f"the cache disk is full: {error}") from error
 
@@ -171,49 +160,25 @@ class FileSystem:
         """Make an inode with its first name. No checkpoint."""
         if name in parent.children:
             raise FsError(errno.EEXIST)
-        volume, now = self._volume, self._now()
-        gid = caller.gid
-        if parent.mode & 0o2000:
-            gid = parent.gid
-            if kind is Kind.DIRECTORY:
-                mode |= 0o2000
-        number, dentry_id = volume.new_number(), volume.new_number()
-        key = InodeKey(volume.runtime.random_bytes(keys.KEY_BYTES))
-        inode = Inode(
-            number, 1, kind, key, rdev, 2 if kind is Kind.DIRECTORY else 1, mode & 0o7777,
-            caller.uid, gid, now, now, now, len(target),
-            symlink=target, parent=parent.number, xattrs={}, rows=[],
-            is_complete=True,
-        )  # fmt: skip
-        encrypted = parent.key.encrypt_name(name)
-        place = Place(parent.number, number, 1, kind)
-        sealed = Sealed(number, 1, kind, inode.attributes, 0, 0, EMPTY_MAP_ROOT)
-        client = volume.client
-        operation = m.Create(
-            parent.number,
-            encrypted,
-            dentry_id,
-            parent.key.wrap_child(key.secret, client.bucket_id, place, encrypted),
-            m.NewInode(
-                number, 1, kind, rdev, inode.attributes,
-                key.encrypt_symlink(number, target) if target else b"",
-                key.seal(client.bucket_id, sealed),
-            ),
-        )  # fmt: skip
-        volume.inodes[number] = inode
-        parent.children[name] = Dentry(dentry_id, name, number, kind)
+        made = building.new_child(
+            self.volume, parent, name, kind, mode, caller, rdev=rdev, target=target
+        )
+        inode, dentry = made.inode, made.dentry
+        self.volume.inodes[inode.number] = inode
+        parent.children[name] = dentry
         parent.absent.discard(name)
         if kind is Kind.DIRECTORY:
             parent.nlink += 1
-        parent.mtime_ns = parent.ctime_ns = now
-        volume.record(
-            operation,
+        parent.mtime_ns = parent.ctime_ns = inode.ctime_ns
+        self.volume.record(
+            made.operation,
             inodes=(inode,),
-            dentries=(DentryState(parent.number, name, dentry_id, number, kind),),
+            dentries=(DentryState(parent.number, name, dentry.dentry_id, inode.number, kind),),
             touched=(parent,),
         )
         return inode
 
+    @by_lease
     async def create_node(
         self,
         parent_number: int,
@@ -230,7 +195,7 @@ class FileSystem:
         The parent's default access list decides on the mode if there is one, else the umask.
         """
         self._require_writable()
-        parent = self.directories.get(parent_number)
+        parent = await self.directories.fresh_directory(parent_number)
         if kind is Kind.SYMLINK:
             if not target:
                 raise FsError(errno.ENOENT)
@@ -254,10 +219,12 @@ class FileSystem:
             self.xattrs.keep_acl(inode, acl.DEFAULT, default)
         return inode
 
+    @by_lease
     async def link(self, number: int, parent_number: int, name: bytes) -> Inode:
         """Add a name to a file; EPERM for a directory."""
         self._require_writable()
-        inode, parent = self._volume.get(number), self.directories.get(parent_number)
+        inode = await self.directories.fresh(number)
+        parent = await self.directories.fresh_directory(parent_number)
         if inode.is_directory:
             raise FsError(errno.EPERM)
         await self.directories.learn(parent, name)
@@ -267,30 +234,24 @@ class FileSystem:
             raise FsError(errno.EEXIST)
         if inode.nlink == 0:
             raise FsError(errno.ENOENT)
-        now, dentry_id = self._now(), self._volume.new_number()
-        encrypted, wrapped = self._wrap(parent, name, inode)
+        now, dentry_id = self._now(), self.volume.new_number()
+        encrypted, wrapped = building.wrap(self.volume, parent, name, inode)
         inode.nlink += 1
         inode.ctime_ns = parent.mtime_ns = parent.ctime_ns = now
         parent.children[name] = Dentry(dentry_id, name, number, inode.kind)
         parent.absent.discard(name)
-        self._volume.record(
+        self.volume.record(
             m.Link(parent_number, encrypted, dentry_id, wrapped, number),
             dentries=(DentryState(parent_number, name, dentry_id, number, inode.kind),),
             touched=(parent, inode),
         )
         return inode
 
-    def _wrap(self, parent: Inode, name: bytes, child: Inode) -> tuple[bytes, bytes]:
-        """(encrypted name, the child's key wrapped for that dentry)."""
-        encrypted = parent.key.encrypt_name(name)
-        place = Place(parent.number, child.number, child.generation, child.kind)
-        bucket_id = self._volume.client.bucket_id
-        return encrypted, parent.key.wrap_child(child.key.secret, bucket_id, place, encrypted)
-
+    @by_lease
     async def unlink(self, parent_number: int, name: bytes) -> None:
         """Remove a name; EISDIR for a directory."""
         self._require_writable()
-        parent = self.directories.get(parent_number)
+        parent = await self.directories.fresh_directory(parent_number)
         await self.directories.learn(parent, name)
         await self._wait_for_room(4096)
         dentry, inode = self.directories.child(parent, name)
@@ -298,10 +259,11 @@ class FileSystem:
             raise FsError(errno.EISDIR)
         self._remove(parent, dentry, inode)
 
+    @by_lease
     async def rmdir(self, parent_number: int, name: bytes) -> None:
         """Remove an empty directory; ENOTDIR, ENOTEMPTY."""
         self._require_writable()
-        parent = self.directories.get(parent_number)
+        parent = await self.directories.fresh_directory(parent_number)
         await self.directories.learn(parent, name)
         _, inode = self.directories.child(parent, name)
         if not inode.is_directory:
@@ -318,7 +280,7 @@ class FileSystem:
         self._drop_name(parent, dentry, inode, now)
         removed = DentryState(parent.number, dentry.name, dentry.dentry_id, 0, dentry.kind)
         operation = m.Unlink(parent.number, parent.key.encrypt_name(dentry.name), inode.number)
-        self._volume.record(
+        self.volume.record(
             operation,
             inodes=(inode,),
             dentries=(removed,),
@@ -337,9 +299,10 @@ class FileSystem:
             inode.nlink -= 1
 
     def _reap_if_unused(self, inode: Inode) -> None:
-        if inode.nlink == 0 and inode.open_count == 0 and not self._volume.is_read_only:
-            self._volume.reap(inode)
+        if inode.nlink == 0 and inode.open_count == 0 and not self.volume.is_read_only:
+            self.volume.reap(inode)
 
+    @by_lease
     async def rename(
         self, parent_number: int, name: bytes, new_parent_number: int, new_name: bytes, flags: int
     ) -> None:
@@ -347,13 +310,13 @@ class FileSystem:
         self._require_writable()
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
-        parent = self.directories.get(parent_number)
-        new_parent = self.directories.get(new_parent_number)
+        parent = await self.directories.fresh_directory(parent_number)
+        new_parent = await self.directories.fresh_directory(new_parent_number)
         await self.directories.learn(parent, name)
         await self.directories.learn(new_parent, new_name)
         target = new_parent.children.get(new_name)
         if target is not None and target.kind is Kind.DIRECTORY and flags == 0:
-            await self.directories.complete(self._volume.get(target.child))
+            await self.directories.complete(self.volume.get(target.child))
         await self._wait_for_room(4096)
         self.directories.get(parent_number)
         self.directories.get(new_parent_number)
@@ -369,14 +332,14 @@ class FileSystem:
                 raise FsError(errno.EEXIST)
             if replaced.child == inode.number:
                 return
-            self._check_replace(inode, self._volume.get(replaced.child))
+            self._check_replace(inode, self.volume.get(replaced.child))
         self._move(parent, dentry, inode, new_parent, new_name, replaced)
 
     def _is_below(self, directory: Inode, ancestor: Inode) -> bool:
         while True:
             if directory is ancestor:
                 return True
-            parent = self._volume.inodes.get(directory.parent)
+            parent = self.volume.inodes.get(directory.parent)
             if parent is None or parent is directory:
                 return False
             directory = parent
@@ -399,14 +362,14 @@ class FileSystem:
         new_name: bytes,
         replaced: Dentry | None,
     ) -> None:
-        now, dentry_id = self._now(), self._volume.new_number()
-        encrypted, wrapped = self._wrap(new_parent, new_name, inode)
+        now, dentry_id = self._now(), self.volume.new_number()
+        encrypted, wrapped = building.wrap(self.volume, new_parent, new_name, inode)
         operation = m.Rename(
             parent.number, parent.key.encrypt_name(dentry.name), inode.number,
             new_parent.number, encrypted, dentry_id, wrapped,
             replaced.child if replaced else 0,
         )  # fmt: skip
-        other = self._volume.get(replaced.child) if replaced else None
+        other = self.volume.get(replaced.child) if replaced else None
         if replaced is not None and other is not None:
             self._drop_name(new_parent, replaced, other, now)
         del parent.children[dentry.name]
@@ -423,7 +386,7 @@ class FileSystem:
         touched = [parent, inode] if parent is new_parent else [parent, new_parent, inode]
         if other is not None and other.nlink:
             touched.append(other)
-        self._volume.record(
+        self.volume.record(
             operation,
             inodes=(other,) if other is not None else (),
             dentries=(
@@ -444,8 +407,8 @@ class FileSystem:
         if other is inode:
             return
         now = self._now()
-        there, wrapped = self._wrap(new_parent, new_name, inode)
-        here, other_wrapped = self._wrap(parent, dentry.name, other)
+        there, wrapped = building.wrap(self.volume, new_parent, new_name, inode)
+        here, other_wrapped = building.wrap(self.volume, parent, dentry.name, other)
         operation = m.Exchange(
             parent.number, here, inode.number, new_parent.number, there, other.number,
             wrapped, other_wrapped,
@@ -469,59 +432,43 @@ class FileSystem:
                 new_parent.number, new_name, other_dentry.dentry_id, inode.number, inode.kind
             ),
         )
-        self._volume.record(operation, dentries=states, touched=tuple(unique.values()))
+        self.volume.record(operation, dentries=states, touched=tuple(unique.values()))
 
+    @by_lease
     async def set_attributes(self, number: int, changes: Changes) -> Inode:
         """chmod, chown, truncate, utimens. Permission is the kernel's business."""
         self._require_writable()
-        inode = self._volume.get(number)
+        inode = await self.directories.fresh(number)
         access: acl.Acl = ()
         if changes.mode is not None:
             access = await self.xattrs.acl_of(number, acl.ACCESS)
         await self._wait_for_room(4096 + len(acl.encode(access)))
-        now = self._now()
         if changes.size is not None:
-            self._check_size(inode, changes.size)
-            self._volume.truncate(inode, changes.size, now)
-            inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
-        if changes.mode is not None:
-            inode.mode = changes.mode & 0o7777
-            if access:
-                self.xattrs.keep_acl(inode, acl.ACCESS, acl.with_mode(access, inode.mode))
-        if changes.uid is not None:
-            inode.uid = changes.uid
-        if changes.gid is not None:
-            inode.gid = changes.gid
-        owner_changed = changes.uid is not None or changes.gid is not None
-        if owner_changed and changes.mode is None and inode.kind is Kind.FILE:
-            inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
-        if changes.atime_ns is not None:
-            inode.atime_ns = changes.atime_ns
-        if changes.mtime_ns is not None:
-            inode.mtime_ns = changes.mtime_ns
-        inode.ctime_ns = changes.ctime_ns if changes.ctime_ns is not None else now
-        self._volume.record(None, touched=(inode,))
+            building.check_size(inode, changes.size)
+        now = self._now()
+        attributes = building.changed_attributes(inode, changes, now)
+        if changes.size is not None:
+            self.volume.truncate(inode, changes.size, now)
+        building.put_attributes(inode, attributes)
+        if access:
+            self.xattrs.keep_acl(inode, acl.ACCESS, acl.with_mode(access, inode.mode))
+            inode.ctime_ns = attributes.ctime_ns
+        self.volume.record(None, touched=(inode,))
         return inode
 
-    @staticmethod
-    def _check_size(inode: Inode, size: int) -> None:
-        if inode.is_directory:
-            raise FsError(errno.EISDIR)
-        if inode.kind is not Kind.FILE or size < 0:
-            raise FsError(errno.EINVAL)
-        if size > FILE_BYTES_MAX:
-            raise FsError(errno.EFBIG)
-
     async def open(self, number: int, flags: int) -> int:
-        """Open a file; returns a handle. O_TRUNC is honoured here."""
-        inode = self._volume.get(number)
+        """Open a file; returns a handle. O_TRUNC is honoured here.
+
+        What others have committed before is seen through it.
+        """
+        inode = await self.directories.fresh(number)
         if inode.is_directory:
             raise FsError(errno.EISDIR)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._require_writable()
         if flags & os.O_TRUNC and inode.size:
-            await self._wait_for_room(4096)
-            self._volume.truncate(inode, 0, self._now())
+            await self._wait_for_room(4096, needs_lease=False)
+            self.volume.truncate(inode, 0, self._now())
         return self._add_handle(inode)
 
     def _add_handle(self, inode: Inode) -> int:
@@ -557,6 +504,8 @@ class FileSystem:
     async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
         """Read; shorter at the end of the file."""
         found = self._handle(handle)
+        if found.inode.is_stale:
+            await self.directories.fresh(found.inode.number)
         return await self._reader.read(found.inode, offset, size, found.read_state)
 
     async def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
@@ -567,28 +516,39 @@ class FileSystem:
             return 0
         if offset + len(data) > FILE_BYTES_MAX:
             raise FsError(errno.EFBIG)
-        await self._wait_for_room(len(data) + 4096)
+        if inode.is_stale:
+            await self.directories.fresh(inode.number)
+        await self._wait_for_room(len(data) + 4096, needs_lease=False)
         view = memoryview(data)
         try:
-            self._volume.stage(inode, offset, view, self._now())
+            self.volume.stage(inode, offset, view, self._now())
         except OSError as error:
             raise FsError(errno.ENOSPC, f"the cache disk took no more: {error}") from error
-        if inode.mode & 0o6000:
-            inode.mode &= ~0o6000 if inode.mode & 0o010 else ~0o4000
-            self._volume.record(None, touched=(inode,))
+        mode = building.without_set_id(inode.mode)
+        if mode != inode.mode:
+            await self.set_attributes(inode.number, Changes(mode=mode, mtime_ns=inode.mtime_ns))
         if self._writeback is not None:
             self._writeback.note_write()
         return len(data)
+
+    async def flush(self, handle: int) -> None:
+        """close(2): a shared mount commits what was written, so that the next open sees it.
+
+        Bounded by CLOSE_COMMIT_DEADLINE_S; what is not committed then stays staged.
+        """
+        inode = self._handle(handle).inode
+        if self.volume.is_shared and self.shared is not None:
+            await self.shared.flush(inode)
 
     async def fsync(self, number: int) -> None:
         """Return once everything done to this file or directory is on the local disk.
 
         With `sync=network`, once it is committed at the satellite.
         """
-        if self._volume.is_read_only:
+        if self.volume.is_read_only:
             return
         try:
-            await self._volume.log.sync()
+            await self.volume.log.sync()
         except OSError as error:
             raise FsError(errno.EIO, f"the cache disk failed: {error}") from error
         if self.sync_to_network:
@@ -603,10 +563,10 @@ class FileSystem:
         found.inode.open_count -= 1
         self._reap_if_unused(found.inode)
         if found.inode.is_reaped and found.inode.lookup_count <= 0:
-            self._volume.inodes.pop(found.inode.number, None)
+            self.volume.inodes.pop(found.inode.number, None)
 
     async def sync_everything(self) -> None:
         """Return once everything is committed at the satellite (`dcsfs sync`)."""
         if self._writeback is not None:
-            await self._volume.log.sync()
+            await self.volume.log.sync()
             await self._writeback.drain()

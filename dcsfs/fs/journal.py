@@ -2,7 +2,8 @@
 
 An OPERATION record holds the satellite operation and the local state it leads to, so replay sets
 states and needs no rule per operation. DATA holds file bytes. A FLUSH record says, before a batch
-is sent, which records it covers; DONE says that the satellite has it.
+is sent, which records it covers; DONE says that the satellite has it. NAMES_FLUSH is a FLUSH that
+covers OPERATION records alone: their file bytes follow later.
 """
 
 import struct
@@ -21,6 +22,7 @@ DATA = 2
 TRUNCATE = 3
 FLUSH = 4
 DONE = 5
+NAMES_FLUSH = 6
 
 DATA_HEAD = struct.Struct(">QQq")
 

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -15,9 +16,11 @@ from dcsfs import keys
 from dcsfs.access import AccessGrant
 from dcsfs.cache.clean import CleanCache
 from dcsfs.cache.log import WriteLog
+from dcsfs.fs.coherence import Coherence
+from dcsfs.fs.direct import DirectCalls
 from dcsfs.fs.filesystem import FileSystem
 from dcsfs.fs.reader import Reader
-from dcsfs.fs.volume import Volume, open_session
+from dcsfs.fs.volume import SessionState, Volume, open_session
 from dcsfs.fs.writeback import Writeback
 from dcsfs.uplink.client import BucketClient, open_bucket
 from network import messages as m
@@ -42,6 +45,8 @@ class VolumeOptions:
     cache_bytes: int = CACHE_BYTES_DEFAULT
     read_only: bool = False
     sync_to_network: bool = False
+    is_exclusive: bool = False
+    """No other session may write to the bucket."""
     is_temporary: bool = False
     """The cache directory is thrown away at the end: nothing in it need survive a crash."""
 
@@ -59,6 +64,7 @@ class Mounted:
     client: BucketClient
     reader: Reader
     writeback: Writeback | None
+    coherence: Coherence | None
     replayed: int
 
     async def drain(self) -> None:
@@ -109,7 +115,7 @@ async def open_volume(
         try:
             write_log, session = None, None
             if not options.read_only:
-                session = await open_session(client, cache_id, os.getpid())
+                session = await _open_session(client, cache_id, options)
                 log_key = keys.derive(client.root_key, b"log " + cache_id)
                 write_log = WriteLog(
                     directory / "log", log_key, runtime, is_durable=not options.is_temporary
@@ -121,7 +127,7 @@ async def open_volume(
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
-                    mounted = _assemble(volume, nursery, options, log_share, replayed)
+                    mounted = _assemble(volume, nursery, options, log_share, replayed, cache_id)
                     await mounted.filesystem.start()
                     try:
                         yield mounted
@@ -142,15 +148,33 @@ async def open_volume(
         lock.release()
 
 
+async def _open_session(
+    client: BucketClient, cache_id: bytes, options: VolumeOptions
+) -> SessionState:
+    return await open_session(client, cache_id, os.getpid(), is_exclusive=options.is_exclusive)
+
+
 def _assemble(
-    volume: Volume, nursery: trio.Nursery, options: VolumeOptions, log_share: int, replayed: int
+    volume: Volume,
+    nursery: trio.Nursery,
+    options: VolumeOptions,
+    log_share: int,
+    replayed: int,
+    cache_id: bytes,
 ) -> Mounted:
     """The services over a volume, their tasks in `nursery`."""
     reader = Reader(volume, nursery)
     writeback: Writeback | None = None
+    direct: DirectCalls | None = None
+    coherence: Coherence | None = None
     if not options.read_only:
         writeback = Writeback(volume, reader)
+        direct = DirectCalls(volume, writeback.next_progress)
+        reopen = partial(_open_session, volume.client, cache_id, options)
+        coherence = Coherence(volume, writeback, direct, reopen)
         nursery.start_soon(writeback.run)
+        nursery.start_soon(direct.run)
+        nursery.start_soon(coherence.run)
         if not options.is_temporary:
             nursery.start_soon(_sync_forever, volume)
         nursery.start_soon(_renew_forever, volume)
@@ -158,10 +182,11 @@ def _assemble(
         volume,
         reader,
         writeback,
+        direct,
         log_bytes_max=log_share,
         sync_to_network=options.sync_to_network,
     )
-    return Mounted(filesystem, volume, volume.client, reader, writeback, replayed)
+    return Mounted(filesystem, volume, volume.client, reader, writeback, coherence, replayed)
 
 
 async def _sync_forever(volume: Volume) -> None:
@@ -181,8 +206,6 @@ async def _renew_forever(volume: Volume) -> None:
         await trio.sleep(SESSION_RENEW_S)
         try:
             await volume.client.call(m.RENEW_SESSION, request)
-        except SessionLost as error:
-            log.error("session lost: %s", error)
         except DcsError as error:
             log.info("session not renewed: %s", error)
 
@@ -192,6 +215,8 @@ async def close_session(mounted: Mounted) -> None:
     volume = mounted.volume
     if volume.is_read_only:
         return
+    if mounted.coherence is not None:
+        mounted.coherence.close()
     request = m.SessionRequest(volume.client.api_key, volume.session.session_id)
     # The satellite forgets the session: from here on only DONE records say what it has.
     await volume.log.sync()

@@ -13,7 +13,7 @@ import trio
 from dcsfs.cache.clean import RUN_RECORDS
 from dcsfs.cache.log import Position, RecordTrimmed
 from dcsfs.fs import loader
-from dcsfs.fs.state import Inode, Layer, Piece, resolve
+from dcsfs.fs.state import Inode, Layer, Piece, follow, resolve
 from dcsfs.fs.volume import Volume
 from network.errors import DcsError, IntegrityError, NotFound
 from network.extentmap import Row
@@ -74,6 +74,17 @@ class _Wanted:
         return min(RUN_CIPHERTEXT, rest)
 
 
+class MapChanged(Exception):
+    """Another session has committed the file while it was read: its map is loaded anew."""
+
+
+def _placement_of(inode: Inode, row: Row) -> Placement:
+    placement = inode.placements.get(row.extent_id)
+    if placement is None:
+        raise MapChanged
+    return placement
+
+
 class Reader:
     """Reads for one volume; fetch tasks live in the nursery it is given."""
 
@@ -109,11 +120,9 @@ class Reader:
 
     def _follow(self, inode: Inode, record: InodeRecord) -> None:
         """Take over what another session has committed since the inode was loaded."""
-        if not self._volume.is_read_only:
+        if not (self._volume.is_read_only or self._volume.is_shared):
             raise IntegrityError(f"inode {inode.number} was changed by somebody else")
-        inode.content_version, inode.size = record.content_version, record.size
-        inode.committed_size, inode.allocated = record.size, record.allocated
-        inode.seal, inode.mtime_ns = record.seal, record.attributes.mtime_ns
+        follow(inode, loader.inode_from(self._client, record, inode.key, inode.parent))
 
     async def read(
         self, inode: Inode, offset: int, size: int, state: ReadState
@@ -131,7 +140,7 @@ class Reader:
         while True:
             try:
                 return await self._read_now(inode, offset, end, state, is_sequential)
-            except RecordTrimmed:
+            except (RecordTrimmed, MapChanged):
                 continue  # committed while this read waited: it is in a segment now
 
     async def _read_now(
@@ -156,7 +165,7 @@ class Reader:
         while True:
             try:
                 return await self._read_layer_now(inode, layer, start, end)
-            except RecordTrimmed:
+            except (RecordTrimmed, MapChanged):
                 continue  # a lower layer was committed meanwhile
 
     async def _read_layer_now(self, inode: Inode, layer: Layer, start: int, end: int) -> memoryview:
@@ -164,8 +173,8 @@ class Reader:
         view = Inode(
             inode.number, inode.generation, inode.kind, inode.key, 0, 1, 0, 0, 0, 0, 0, 0, end
         )
-        view.layers, view.placements = below, inode.placements
         rows = await self.rows_of(inode)
+        view.layers, view.placements = below, inode.placements
         target = memoryview(bytearray(end - start))
         for piece in resolve(view, start, end, rows):
             part = await self._read_piece(view, piece, True)
@@ -209,11 +218,11 @@ class Reader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _wanted(self, inode: Inode, row: Row, number: int) -> _Wanted:
-        placement = inode.placements[row.extent_id]
+        placement = _placement_of(inode, row)
         return _Wanted((row.extent_id, number), placement, inode.key.content)
 
     async def _read_records(self, inode: Inode, row: Row) -> memoryview:
-        placement = inode.placements[row.extent_id]
+        placement = _placement_of(inode, row)
         start, end = row.extent_offset, row.extent_offset + row.length
         return await self._client.read_extent(inode.key.content, row, placement, start, end)
 

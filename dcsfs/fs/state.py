@@ -33,7 +33,13 @@ class Layer:
 
     cut: int = FILE_BYTES_MAX
     """Below this layer, bytes at or past `cut` read as zeros: the smallest truncation."""
+    end: int = 0
+    """The file is at least so long: where writes and truncations of this layer have left it."""
     data: IntervalMap[Position] = field(default_factory=IntervalMap)
+
+    def size_over(self, below: int) -> int:
+        """The file's size with this layer on top of `below` bytes."""
+        return max(min(below, self.cut), self.end)
 
 
 @dataclass(slots=True)
@@ -55,6 +61,8 @@ class Batch:
     """Somebody waits for it: it goes whatever its age and size."""
     prepared: "Prepared | None" = None
     """Set once its content is on the nodes."""
+    is_overtaken: bool = False
+    """Made under a lease that was taken: what contradicts others becomes conflict copies."""
 
     def __bool__(self) -> bool:
         return bool(self.operations or self.touched)
@@ -67,6 +75,8 @@ class Content:
     inode: "Inode"
     layer: Layer
     frozen: "FrozenInode"
+    foreign_changes: int
+    """The inode's count when this was planned: its map must not have changed since."""
     extents: list[PlannedExtent] = field(default_factory=list)
 
 
@@ -87,6 +97,15 @@ class FrozenInode:
     size: int
     dead: bool
     """No name and no open handle: its content is not worth sending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Committed content as it was: its map, if that was loaded, and size."""
+
+    rows: list[Row] | None
+    placements: dict[ExtentID, Placement]
+    size: int
 
 
 @dataclass(slots=True)
@@ -123,6 +142,18 @@ class Inode:
     """Names known not to exist."""
     is_complete: bool = False
     """Whether `children` holds every entry of the directory."""
+    unknown: set[bytes] = field(default_factory=set)
+    """Names that another session has changed: neither in `children` nor absent for sure."""
+    name_changes: int = 0
+    """Counts changes to names here by others: an answer asked for before one is too old."""
+    is_stale: bool = False
+    """Another session has changed its attributes or content since they were loaded."""
+    foreign_changes: int = 0
+    """Counts the versions of others that were taken over."""
+    kernel_changes: int = 0
+    """`foreign_changes` when the kernel last began to keep pages of it."""
+    base: "Base | None" = None
+    """What the staged content was made on, once a version of others has taken its place."""
     lookups_sent: int = 0
     """Names of this directory asked of the satellite one by one."""
     rows: list[Row] | None = None
@@ -150,6 +181,31 @@ class Inode:
     def stored_bytes(self) -> int:
         """For st_blocks: committed rows and unflushed bytes."""
         return self.allocated + sum(layer.data.total_bytes for layer in self.layers)
+
+
+_CLEAN_FIELDS = (
+    "nlink", "mode", "uid", "gid", "content_version", "committed_size", "allocated", "seal",
+    "symlink",
+)  # fmt: skip
+
+
+def follow(known: Inode, fresh: Inode) -> None:
+    """Take over the satellite's record of an inode; what is staged stays on top of it."""
+    if known.content_version != fresh.content_version:
+        if known.layers and known.base is None:
+            known.base = Base(known.rows, known.placements, known.committed_size)
+        known.rows, known.placements = fresh.rows, {}
+        known.foreign_changes += 1
+    if known.ctime_ns != fresh.ctime_ns:  # extended attributes may be others: ask when needed
+        known.xattrs, known.xattr_count = fresh.xattrs, fresh.xattr_count
+    for name in _CLEAN_FIELDS:
+        setattr(known, name, getattr(fresh, name))
+    known.size = fresh.size
+    for layer in known.layers:
+        known.size = layer.size_over(known.size)
+    if not known.layers:
+        known.atime_ns, known.mtime_ns = fresh.atime_ns, fresh.mtime_ns
+        known.ctime_ns = fresh.ctime_ns
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import errno
 import logging
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -17,11 +17,12 @@ from dcsfs.cache.clean import CleanCache
 from dcsfs.cache.log import Position, WriteLog
 from dcsfs.fs import journal, loader
 from dcsfs.fs.errors import FsError
-from dcsfs.fs.state import Batch, Dentry, FrozenInode, Inode, Layer
+from dcsfs.fs.state import Batch, Dentry, FrozenInode, Inode, Layer, follow
 from dcsfs.keys import InodeKey
 from dcsfs.uplink.client import BucketClient
 from network import messages as m
 from network.codec import unpack
+from network.coherence import Change
 from network.errors import IntegrityError, NotFound, PreconditionFailed
 from network.ids import Hash, SessionID
 from network.runtime import Runtime
@@ -39,6 +40,8 @@ class SessionState:
     session_id: SessionID
     sequence: int
     chain: Hash
+    direct_sequence: int
+    holds_lease: bool
     next_number: int
     last_number: int
 
@@ -69,9 +72,20 @@ class Volume:
         self.open_batch = Batch()
         self.queue: deque[Batch] = deque()
         self.flush_wanted = trio.Event()
+        self.on_freeze: Callable[[], None] = lambda: None
+        """Tells who uploads that the queue has grown."""
+        self.is_shared = session is not None and not session.holds_lease
+        """Others may change the bucket: names are decided by the satellite (fs/shared.py)."""
+        self.trusted_until = 0.0
+        """While shared: until then, what is in memory is as good as the satellite's word."""
+        self.is_offline = False
+        """The satellite cannot be reached: what is in memory is all there is."""
+        self.events_seen = 0
         self._replayed_sequence = 0
         """While recovering: the log record that is being replayed."""
         self._replayed_xattrs: list[journal.XattrState] = []
+        self._restated: set[int] = set()
+        """While recovering: inodes whose attributes the replayed records set."""
 
     @property
     def is_read_only(self) -> bool:
@@ -89,6 +103,18 @@ class Volume:
         """The session; only for writable volumes."""
         assert self._session is not None
         return self._session
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether what is in memory may be answered without asking the satellite."""
+        if self._session is None:
+            return False
+        return not self.is_shared or self.is_offline or trio.current_time() < self.trusted_until
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether namespace operations made under a lease are not committed yet."""
+        return bool(self.open_batch.operations or any(b.operations for b in self.queue))
 
     @property
     def dirty_bytes(self) -> int:
@@ -110,7 +136,10 @@ class Volume:
         return inode
 
     def adopt(self, inode: Inode) -> Inode:
-        """Add an inode loaded from the satellite; the one in memory wins, it is newer."""
+        """Add an inode loaded from the satellite.
+
+        Under a lease the one in memory wins, it is newer; otherwise it takes over what was loaded.
+        """
         known = self.inodes.get(inode.number)
         if known is None:
             self.inodes[inode.number] = inode
@@ -120,7 +149,55 @@ class Volume:
             inode.lookup_count = known.lookup_count
             self.inodes[inode.number] = inode
             return inode
+        if self.is_read_only or self.is_shared:
+            follow(known, inode)
         return known
+
+    @staticmethod
+    def forget_name(directory: Inode, name: bytes) -> None:
+        """What a name of a directory stands for is not known any more."""
+        directory.children.pop(name, None)
+        directory.absent.discard(name)
+        directory.unknown.add(name)
+
+    @staticmethod
+    def forget_names(directory: Inode) -> None:
+        """No name of a directory is known any more."""
+        directory.children.clear()
+        directory.absent.clear()
+        directory.unknown.clear()
+        directory.is_complete = False
+        directory.lookups_sent = 0
+
+    def forget_everything(self) -> None:
+        """Others may have changed anything; what is staged here stays."""
+        self.events_seen += 1
+        for inode in self.inodes.values():
+            inode.is_stale = True
+            inode.xattrs = None
+            if inode.is_directory:
+                inode.name_changes += 1
+                self.forget_names(inode)
+
+    def take_in(self, changes: Sequence[Change]) -> list[int]:
+        """Forget what another session has changed; returns the inodes concerned."""
+        self.events_seen += 1
+        found = []
+        for change in changes:
+            inode = self.inodes.get(change.inode)
+            if inode is None or inode.is_stub:
+                continue
+            found.append(inode.number)
+            inode.is_stale = True
+            inode.xattrs = None
+            if not change.name:
+                continue
+            inode.name_changes += 1
+            try:
+                self.forget_name(inode, inode.key.decrypt_name(change.name))
+            except IntegrityError:
+                self.forget_names(inode)
+        return found
 
     def new_number(self) -> int:
         """A fresh number for an inode or a dentry; never reused in this bucket."""
@@ -154,6 +231,7 @@ class Volume:
 
         Raises OSError when the log cannot take it: the caller must have checked for room.
         """
+        assert operation is None or not self.is_shared
         states = {inode.number: journal.state_of(inode) for inode in (*inodes, *touched)}
         message = journal.OperationRecord(
             operation, tuple(states.values()), tuple(dentries), tuple(xattrs)
@@ -195,6 +273,7 @@ class Volume:
         before = layer.data.total_bytes
         layer.data.insert(offset, offset + count, position, journal.DATA_HEAD.size)
         self.open_batch.data_bytes += layer.data.total_bytes - before
+        layer.end = max(layer.end, offset + count)
         inode.size = max(inode.size, offset + count)
         inode.mtime_ns = inode.ctime_ns = now
 
@@ -213,7 +292,7 @@ class Volume:
             layer.data.clear(size, max(inode.size, size))
             self.open_batch.data_bytes -= before - layer.data.total_bytes
             layer.cut = min(layer.cut, size)
-        inode.size = size
+        inode.size = layer.end = size
         inode.mtime_ns = inode.ctime_ns = mtime_ns
 
     def freeze(self) -> None:
@@ -227,6 +306,7 @@ class Volume:
         batch.last_sequence = self._replayed_sequence or self.log.last_sequence
         self.queue.append(batch)
         self.open_batch = Batch()
+        self.on_freeze()
 
     async def recover(self) -> int:
         """Replay the log over the committed state; returns the number of records replayed.
@@ -240,12 +320,14 @@ class Volume:
             (position, kind, bytes(payload[:head] if kind == journal.DATA else payload))
             for position, kind, payload in self.log.replay()
         ]
-        covered = self._covered(records, session)
+        covered, names_covered = self._covered(records, session)
         records = [item for item in records if item[0].sequence > covered]
-        created = self._describe_inodes(records)
+        created = self._describe_inodes(records, names_covered)
         count = 0
         for position, kind, payload in records:
             self._replayed_sequence = position.sequence
+            if kind == journal.OPERATION and position.sequence <= names_covered:
+                continue
             if kind == journal.OPERATION:
                 self._replay_operation(unpack(journal.OperationRecord, payload))
             elif kind == journal.DATA:
@@ -267,20 +349,30 @@ class Volume:
         await self._refresh(created)
         await self._replay_xattrs()
         self._drop_orphans()
+        if self.is_shared:
+            self.mark_overtaken()
         return count
 
-    def _describe_inodes(self, records: list[tuple[Position, int, bytes]]) -> set[int]:
+    def mark_overtaken(self) -> None:
+        """The lease under which all that is not committed was made has gone to another session."""
+        self.freeze()
+        for batch in self.queue:
+            batch.is_overtaken = True
+
+    def _describe_inodes(
+        self, records: list[tuple[Position, int, bytes]], names_covered: int
+    ) -> set[int]:
         """Make every inode that the log describes; returns those the satellite has not seen.
 
         A description may follow the data: after a split recovery it is written again at the end.
         """
         created: set[int] = set()
         described: dict[int, journal.InodeState] = {}
-        for _, kind, payload in records:
+        for position, kind, payload in records:
             if kind != journal.OPERATION:
                 continue
             record = unpack(journal.OperationRecord, payload)
-            if isinstance(record.operation, m.Create):
+            if isinstance(record.operation, m.Create) and position.sequence > names_covered:
                 created.add(record.operation.inode.inode)
             for state in record.inodes:
                 described.setdefault(state.number, state)
@@ -299,34 +391,36 @@ class Volume:
             message = journal.OperationRecord(None, (journal.state_of(inode),), (), ())
             journal.append_message(self.log, journal.OPERATION, message)
 
-    def _covered(self, records: list[tuple[Position, int, bytes]], session: SessionState) -> int:
-        """Number of the last log record that the satellite already has."""
-        covered, last = 0, 0
+    def _covered(
+        self, records: list[tuple[Position, int, bytes]], session: SessionState
+    ) -> tuple[int, int]:
+        """(last log record the satellite has, last one whose names it has)."""
+        covered = {journal.FLUSH: 0, journal.NAMES_FLUSH: 0}
+        last = 0
         done = {
             unpack(journal.DoneRecord, payload)
             for _, kind, payload in records
             if kind == journal.DONE
         }
         for _, kind, payload in records:
-            if kind != journal.FLUSH:
+            if kind not in covered:
                 continue
             flush = unpack(journal.FlushRecord, payload)
-            if journal.DoneRecord(flush.session_id, flush.sequence) in done:
-                covered = max(covered, flush.covered)
-                last = flush.sequence if flush.session_id == session.session_id else last
-                continue
-            if flush.session_id != session.session_id or flush.sequence > session.sequence:
-                continue
-            if flush.sequence == session.sequence and flush.chain != session.chain:
-                continue
-            covered, last = max(covered, flush.covered), max(last, flush.sequence)
+            is_own = flush.session_id == session.session_id
+            if journal.DoneRecord(flush.session_id, flush.sequence) not in done:
+                if not is_own or flush.sequence > session.sequence:
+                    continue
+                if flush.sequence == session.sequence and flush.chain != session.chain:
+                    continue
+            covered[kind] = max(covered[kind], flush.covered)
+            last = max(last, flush.sequence) if is_own else last
         has_records = any(kind == journal.OPERATION for _, kind, _ in records)
         if has_records and session.sequence > last and last > 0:
             raise PreconditionFailed(
                 "this cache directory is an old copy: the satellite has applied batches that "
                 "its log does not hold; move it away and mount with a fresh one"
             )
-        return covered
+        return covered[journal.FLUSH], covered[journal.NAMES_FLUSH]
 
     def _replayed(self, number: int) -> Inode:
         inode = self.inodes.get(number)
@@ -350,6 +444,7 @@ class Volume:
         if record.operation is not None:
             batch.operations.append(record.operation)
         for state in record.inodes:
+            self._restated.add(state.number)
             inode = self._replay_inode(state, is_new=False)
             batch.touched[inode.number] = inode
         for entry in record.dentries:
@@ -375,7 +470,7 @@ class Volume:
             fresh = Inode(
                 state.number, state.generation, state.kind, InodeKey(state.key), state.rdev,
                 state.nlink, a.mode, a.uid, a.gid, a.atime_ns, a.mtime_ns, a.ctime_ns, state.size,
-                parent=state.parent, symlink=state.symlink,
+                parent=state.parent, symlink=state.symlink, content_version=state.content_version,
             )  # fmt: skip
             fresh.rows = [] if is_new else None
             fresh.xattrs = {} if is_new else None
@@ -402,7 +497,13 @@ class Volume:
             except NotFound:
                 inode.nlink, inode.is_reaped = 0, True
                 continue
+            if inode.number not in self._restated:
+                fresh = loader.inode_from(self.client, record, inode.key, inode.parent)
+                follow(inode, fresh)
+                continue
             loader.verify_record(self.client, record, inode.key)
+            if self.is_shared and inode.content_version < record.content_version:
+                continue  # others may have written it: fs/conflicts.py compares the versions
             inode.seal, inode.content_version = record.seal, record.content_version
             inode.committed_size, inode.allocated = record.size, record.allocated
             inode.xattr_count = record.xattr_count
@@ -434,7 +535,8 @@ class Volume:
         if inode.is_reaped:
             return
         inode.is_reaped = True
-        self.record(m.Reap(inode.number), inodes=(inode,))
+        if not self.is_shared:  # while shared, others may have it open: it goes at the next lease
+            self.record(m.Reap(inode.number), inodes=(inode,))
 
 
 def _stub(number: int) -> Inode:
@@ -443,18 +545,22 @@ def _stub(number: int) -> Inode:
     return inode
 
 
-async def open_session(client: BucketClient, cache_id: bytes, pid: int) -> SessionState:
-    """Open or reclaim the bucket's read-write session; raises BucketBusy."""
+async def open_session(
+    client: BucketClient, cache_id: bytes, pid: int, *, is_exclusive: bool = False
+) -> SessionState:
+    """Open or reclaim a read-write session; raises BucketBusy."""
     info = await client.call(
         m.OPEN_SESSION,
         m.OpenSessionRequest(
-            client.api_key, client.bucket, cache_id, socket.gethostname()[:200], pid
+            client.api_key, client.bucket, cache_id, socket.gethostname()[:200], pid, is_exclusive
         ),
     )
     return SessionState(
         info.session_id,
         info.last_sequence,
         info.last_chain,
+        info.direct_sequence,
+        info.holds_lease,
         info.first_number,
         info.first_number + info.number_count,
     )

@@ -12,7 +12,8 @@ from blake3 import blake3
 
 from dcsfs import keys
 from dcsfs.cache.clean import RUN_RECORDS
-from dcsfs.fs import journal
+from dcsfs.fs import building, journal
+from dcsfs.fs.conflicts import Conflicts
 from dcsfs.fs.reader import Reader
 from dcsfs.fs.state import Batch, Content, Inode, Layer, Prepared
 from dcsfs.fs.volume import Volume
@@ -22,8 +23,8 @@ from dcsfs.uplink.packing import PlannedExtent, PlannedSegment, pack_extents
 from network import extentmap
 from network import messages as m
 from network.codec import pack
-from network.errors import DcsError, IntegrityError, Unavailable, error_from_wire
-from network.extentmap import EMPTY_MAP_ROOT, Row
+from network.errors import DcsError, PreconditionFailed, Unavailable, error_from_wire
+from network.extentmap import Row
 from network.ids import ExtentID, Hash
 from network.limits import (
     EXTENT_PLAINTEXT_BYTES_MAX,
@@ -37,6 +38,9 @@ from network.units import MiB
 
 log = logging.getLogger(__name__)
 
+Update = tuple[m.Operation, Inode, Content | None]
+"""What brings one touched inode up to date."""
+
 FLUSH_AT_BYTES = 56 * MiB
 """Seven extents of 8 MiB: a segment with room left for what arrives while it is cut."""
 UPLOADS_AT_ONCE = 2
@@ -48,6 +52,15 @@ RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 15.0
 
 
+class Refused(Exception):
+    """The satellite has refused an operation of a batch, and so the batch."""
+
+    def __init__(self, operation: m.Operation, error: DcsError) -> None:
+        super().__init__(f"the satellite refused {type(operation).__name__}: {error}")
+        self.operation = operation
+        self.error = error
+
+
 class Writeback:
     """Flushes one volume; `run` is its background task."""
 
@@ -55,6 +68,9 @@ class Writeback:
         self._volume = volume
         self._client = volume.client
         self._reader = reader
+        self._commit_lock = trio.Lock()
+        self.conflicts = Conflicts(volume)
+        volume.on_freeze = self._announce
         scheme = volume.client.info.scheme
         self._segment_bytes_max = STRIPES_MAX * scheme.required * RECORD_BYTES
         # A power of two under the window size, and small enough to fit a narrow scheme's segment.
@@ -86,7 +102,6 @@ class Writeback:
                 await self._progress.wait()
             await self._wait_for_work()
             self._volume.freeze()
-            self._announce()
 
     async def _wait_for_work(self) -> None:
         """Return when the open batch should go: size, age or demand."""
@@ -138,22 +153,69 @@ class Writeback:
     async def _commit_forever(self) -> None:
         """Commit prepared batches in order."""
         delay = RETRY_FIRST_S
+        refused_before: m.Operation | None = None
         while True:
             batch = self._volume.queue[0] if self._volume.queue else None
             if batch is None or batch.prepared is None:
                 await self._progress.wait()
                 continue
             try:
-                await self._commit(batch)
+                async with self._commit_lock:
+                    await self._commit(batch)
+                    self._volume.queue.popleft()
+            except Refused as refused:
+                batch.prepared = None
+                is_repeated = refused.operation == refused_before
+                refused_before = refused.operation
+                if is_repeated or not await self._settled(batch, refused):
+                    refused_before = None
+                    await self._back_off(refused, delay)
+                    delay = min(2 * delay, RETRY_LAST_S)
+                self._announce()
+                continue
             except (DcsError, OSError) as error:
                 batch.prepared = None
                 await self._back_off(error, delay)
                 delay = min(2 * delay, RETRY_LAST_S)
                 continue
-            self._volume.queue.popleft()
             self.flushed_batches += 1
             self.last_error, delay = "", RETRY_FIRST_S
             self._announce()
+
+    async def _settled(self, batch: Batch, refused: Refused) -> bool:
+        """Whether a refused batch has been changed so that it may go now."""
+        try:
+            return await self.conflicts.settle(batch, refused.operation, refused.error)
+        except (DcsError, OSError) as error:
+            log.warning("conflict not settled yet: %s", error)
+            return False
+
+    async def flush_names(self) -> bool:
+        """Commit all names and attributes changed so far; their content follows in its time.
+
+        Waits as long as the satellite does not answer. False when it refuses something.
+        """
+        self._volume.freeze()
+        async with self._commit_lock:
+            for batch in list(self._volume.queue):
+                try:
+                    await self._commit_names(batch)
+                except Refused as refused:
+                    log.warning("names not committed: %s", refused)
+                    return False
+        self._announce()
+        return True
+
+    async def _commit_names(self, batch: Batch) -> None:
+        """Commit a batch but for its content, which becomes all there is in it."""
+        updates = self._attribute_operations(batch, dict(batch.touched))
+        if not batch.operations and not updates:
+            return
+        operations = [*batch.operations, *(operation for operation, _, _ in updates)]
+        await self._apply(journal.NAMES_FLUSH, batch.last_sequence, operations)
+        self._adopt_seals(batch, updates)
+        batch.operations, batch.weight = [], 0
+        batch.touched = {number: batch.touched[number] for number in batch.layers}
 
     def demand(self) -> None:
         """Flush what there is now, whatever its age and size."""
@@ -170,6 +232,15 @@ class Writeback:
     async def next_progress(self) -> None:
         """Wait until a flush has ended, well or not."""
         await self._progress.wait()
+
+    async def commit_inode(self, inode: Inode) -> None:
+        """Return once what is staged of an inode's content is committed; the caller may cancel."""
+        layers = list(inode.layers)
+        while any(layer in inode.layers for layer in layers):
+            self.demand()
+            progress = self._progress
+            with trio.move_on_after(1.0):
+                await progress.wait()
 
     async def drain(self) -> None:
         """Return once everything changed before this call is committed at the satellite.
@@ -189,6 +260,8 @@ class Writeback:
 
     async def _prepare(self, batch: Batch) -> Prepared:
         """Upload a batch's content; what remains is one transaction."""
+        if batch.is_overtaken:
+            await self.conflicts.settle_overtaken(batch)
         contents = await self._plan(batch)
         extents = [extent for content in contents for extent in content.extents]
         by_extent = {
@@ -209,8 +282,9 @@ class Writeback:
         assert prepared is not None
         updates = self._update_operations(batch, prepared.contents)
         operations = [*prepared.operations, *batch.operations]
-        operations += [operation for operation, _ in updates]
-        await self._apply(batch, operations)
+        operations += [operation for operation, _, _ in updates]
+        if operations:
+            await self._apply(journal.FLUSH, batch.last_sequence, operations)
         self._finish(batch, prepared, updates)
 
     async def _plan(self, batch: Batch) -> list[Content]:
@@ -219,9 +293,11 @@ class Writeback:
             inode, frozen = batch.touched[number], batch.frozen[number]
             if frozen.dead or inode.is_reaped:
                 continue
+            if layer.cut == 0 and inode.rows is None and layer is inode.layers[0]:
+                inode.rows, inode.placements = [], {}  # nothing of it can be seen any more
             rows = await self._reader.rows_of(inode)
-            content = Content(inode, layer, frozen)
-            for start, end in self._ranges(layer, frozen.size, rows):
+            content = Content(inode, layer, frozen, inode.foreign_changes)
+            for start, end in self._ranges(layer, self._size_of(content), rows):
                 content.extents += self._cut_extents(inode, start, end)
             contents.append(content)
         return contents
@@ -327,57 +403,61 @@ class Writeback:
             ]
             await self._volume.clean.put(runs)
 
-    def _update_operations(
-        self, batch: Batch, contents: list[Content]
-    ) -> list[tuple[m.Operation, Inode]]:
+    def _size_of(self, content: Content) -> int:
+        """The file's size after this commit: alone as it was then, shared over what is there."""
+        if self._volume.is_shared:
+            return content.layer.size_over(content.inode.committed_size)
+        return content.frozen.size
+
+    def _update_operations(self, batch: Batch, contents: list[Content]) -> list[Update]:
         """One operation per touched inode: content with attributes, or attributes alone."""
         by_number = {content.inode.number: content for content in contents}
-        updates: list[tuple[m.Operation, Inode]] = []
-        for number, inode in batch.touched.items():
+        updates: list[Update] = [
+            (self._commit_content(content), content.inode, content) for content in contents
+        ]
+        others = {n: inode for n, inode in batch.touched.items() if n not in by_number}
+        return updates + self._attribute_operations(batch, others)
+
+    def _attribute_operations(self, batch: Batch, inodes: dict[int, Inode]) -> list[Update]:
+        updates: list[Update] = []
+        for number, inode in inodes.items():
             frozen = batch.frozen[number]
             if frozen.dead or inode.is_reaped:
                 continue
-            content = by_number.get(number)
-            if content is not None:
-                updates.append((self._commit_content(content), inode))
-            else:
-                root = keys.map_root_of(inode.seal) if inode.seal else EMPTY_MAP_ROOT
-                seal = self._seal(
-                    inode, frozen.attributes, inode.content_version, inode.committed_size, root
-                )
-                updates.append((m.SetAttributes(number, frozen.attributes, seal), inode))
+            operation = building.set_attributes(self._volume, inode, frozen.attributes)
+            updates.append((operation, inode, None))
         return updates
 
-    def _seal(
-        self, inode: Inode, attributes: m.Attributes, version: int, size: int, root: Hash
-    ) -> bytes:
-        sealed = Sealed(inode.number, inode.generation, inode.kind, attributes, version, size, root)
-        return inode.key.seal(self._client.bucket_id, sealed)
-
     def _commit_content(self, content: Content) -> m.CommitContent:
-        inode, frozen = content.inode, content.frozen
-        rows = _new_rows(content)
-        cut = min(content.layer.cut, FILE_BYTES_MAX)
-        seal = self._seal(
-            inode,
-            frozen.attributes,
-            inode.content_version + 1,
-            frozen.size,
-            extentmap.map_root(rows),
-        )
-        return m.CommitContent(
+        """Raises Refused when the map has changed since the content was planned."""
+        inode, size = content.inode, self._size_of(content)
+        attributes = content.frozen.attributes
+        if self._volume.is_shared:
+            attributes = inode.attributes  # what others have set since is in it
+        is_outdated = inode.rows is None or inode.foreign_changes != content.foreign_changes
+        rows = _new_rows(content) if not is_outdated else []
+        sealed = Sealed(
+            inode.number, inode.generation, inode.kind, attributes,
+            inode.content_version + 1, size, extentmap.map_root(rows),
+        )  # fmt: skip
+        operation = m.CommitContent(
             inode.number,
             inode.content_version,
-            cut,
-            frozen.size,
+            min(content.layer.cut, FILE_BYTES_MAX),
+            size,
             sum(row.length for row in rows),
             (),
-            tuple(_added_rows(content)),
-            frozen.attributes,
-            seal,
+            # At version 0 the satellite has no rows; a conflict copy brings those it starts with.
+            tuple(_added_rows(content) if inode.content_version else rows),
+            attributes,
+            inode.key.seal(self._client.bucket_id, sealed),
+            inode.seal,
         )
+        if is_outdated:
+            raise Refused(operation, PreconditionFailed("its extent map has changed meanwhile"))
+        return operation
 
-    async def _apply(self, batch: Batch, operations: list[m.Operation]) -> None:
+    async def _apply(self, kind: int, covered: int, operations: list[m.Operation]) -> None:
         """Send one transaction; idempotent, so an unknown outcome is asked for again."""
         session, volume = self._volume.session, self._volume
         sequence = session.sequence + 1
@@ -386,21 +466,17 @@ class Writeback:
             digest.update(pack(operation))
         chain = Hash(blake3(session.chain + digest.digest()).digest())
         journal.append_message(
-            volume.log,
-            journal.FLUSH,
-            journal.FlushRecord(session.session_id, sequence, chain, batch.last_sequence),
+            volume.log, kind, journal.FlushRecord(session.session_id, sequence, chain, covered)
         )
         await volume.log.sync()
         request = m.ApplyRequest(
-            self._client.api_key, session.session_id, sequence, chain, True, tuple(operations)
-        )
+            self._client.api_key, session.session_id, sequence, chain, True, False,
+            tuple(operations),
+        )  # fmt: skip
         response = await self._send(request)
         for operation, result in zip(operations, response.results, strict=False):
             if result.code:
-                error = error_from_wire(result.code, result.text)
-                raise IntegrityError(
-                    f"the satellite refused {type(operation).__name__}: {error}"
-                ) from error
+                raise Refused(operation, error_from_wire(result.code, result.text))
         session.sequence, session.chain = sequence, chain
         self._client.counters.satellite_transactions += 1
         journal.append_message(
@@ -419,36 +495,45 @@ class Writeback:
                 await trio.sleep(delay)
                 delay = min(2 * delay, RETRY_LAST_S)
 
-    def _finish(
-        self,
-        batch: Batch,
-        prepared: Prepared,
-        updates: list[tuple[m.Operation, Inode]],
-    ) -> None:
+    def _finish(self, batch: Batch, prepared: Prepared, updates: list[Update]) -> None:
         """Make the committed state the base, and let the log go. No checkpoint inside."""
-        for content in prepared.contents:
-            inode = content.inode
+        for operation, inode, content in updates:
+            if content is None or not isinstance(operation, m.CommitContent):
+                continue
+            if inode.content_version != operation.expected_version:
+                continue  # the satellite's word of this commit, or a later one, came in before
             for extent in content.extents:
                 inode.placements[extent.extent_id] = prepared.placements[extent.extent_id]
             inode.rows = _new_rows(content)
             inode.content_version += 1
-            inode.committed_size = content.frozen.size
-            inode.allocated = sum(row.length for row in inode.rows)
+            inode.committed_size = operation.size
+            inode.allocated = operation.allocated
+            inode.seal = operation.seal
             live = {row.extent_id for row in inode.rows}
             inode.placements = {k: v for k, v in inode.placements.items() if k in live}
         for number, layer in batch.layers.items():
             inode = batch.touched[number]
             if layer in inode.layers:
                 inode.layers.remove(layer)
+            if not inode.layers:
+                inode.base = None
+        self._adopt_seals(batch, updates)
+        self._volume.log.trim(batch.last_sequence)
+
+    def _adopt_seals(self, batch: Batch, updates: list[Update]) -> None:
+        """Remember the seals the satellite has now."""
+        updated = {inode.number for _, inode, _ in updates}
         for operation in batch.operations:
-            if isinstance(operation, m.Create):
+            if isinstance(operation, m.Create) and operation.inode.inode not in updated:
                 made = self._volume.inodes.get(operation.inode.inode)
                 if made is not None:
                     made.seal = operation.inode.seal
-        for operation, inode in updates:
-            if isinstance(operation, m.CommitContent | m.SetAttributes):
-                inode.seal = operation.seal
-        self._volume.log.trim(batch.last_sequence)
+        for operation, inode, _ in updates:
+            if isinstance(operation, m.SetAttributes):
+                if operation.expected_seal and inode.seal != operation.expected_seal:
+                    inode.is_stale = True  # taken over from the satellite meanwhile
+                else:
+                    inode.seal = operation.seal
 
 
 def _added_rows(content: Content) -> list[Row]:

@@ -19,6 +19,7 @@ from dcsfs.fs.filesystem import FileSystem
 from dcsfs.fs.mounted import Mounted, VolumeOptions, close_session, open_volume
 from dcsfs.fs.state import Inode
 from dcsfs.fuse import readiness
+from dcsfs.fuse.kernelcaches import FuseKernelCaches
 from dcsfs.fuse.operations import DcsOperations
 from dcsfs.uplink.inspect import describe_placement
 from network.control import Reply
@@ -80,6 +81,8 @@ class MountDaemon:
             )
             self._operations = operations
             self._init_fuse(operations)
+            if mounted.coherence is not None:
+                mounted.coherence.kernel = FuseKernelCaches(mounted.filesystem)
             try:
                 await self._serve(on_ready)
             finally:
@@ -194,6 +197,9 @@ class MountDaemon:
             "bucket": self._options.bucket,
             "read_only": mounted.filesystem.is_read_only,
             "exclusive": self._options.exclusive,
+            "shared": volume.is_shared,
+            "offline": volume.is_offline,
+            "conflicts": list(mounted.writeback.conflicts.notes) if mounted.writeback else [],
             "cache_dir": str(self._options.volume.cache_dir),
             "cache_bytes": self._options.volume.cache_bytes,
             "clean_bytes": mounted.volume.clean.volume(),

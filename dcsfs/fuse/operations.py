@@ -13,8 +13,9 @@ import pyfuse3
 import trio
 
 from dcsfs.fs import acl
+from dcsfs.fs.building import Caller, Changes
 from dcsfs.fs.errors import FsError, errno_of
-from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, Caller, Changes, FileSystem
+from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, FileSystem
 from dcsfs.fs.state import Inode
 from network.errors import DcsError
 from network.limits import CACHE_SPACE_DEADLINE_S, NAME_BYTES_MAX, UNCACHED_READ_DEADLINE_S
@@ -26,9 +27,9 @@ R = TypeVar("R")
 
 HANDLER_DEADLINE_S = CACHE_SPACE_DEADLINE_S + UNCACHED_READ_DEADLINE_S
 CACHE_TIMEOUT_S = 300.0
-"""Entries and attributes of a writable mount: nobody else can change them."""
+"""Entries and attributes under the lease: nobody else can change them."""
 CACHE_TIMEOUT_READ_ONLY_S = 1.0
-_FUSE_ROOT = 1
+FUSE_ROOT = 1
 
 
 def guarded(
@@ -66,7 +67,6 @@ class DcsOperations(pyfuse3.Operations):
         self._fs = filesystem
         self.enable_writeback_cache = writeback_cache
         self.deadline_s = HANDLER_DEADLINE_S
-        self._timeout = CACHE_TIMEOUT_READ_ONLY_S if filesystem.is_read_only else CACHE_TIMEOUT_S
         self.recent_errors: list[str] = []
 
     def note_error(self, name: str, error: BaseException) -> None:
@@ -75,16 +75,30 @@ class DcsOperations(pyfuse3.Operations):
         log.warning("%s", text)
         self.recent_errors = [*self.recent_errors[-9:], text]
 
+    def _timeouts(self, inode: Inode) -> tuple[float, float]:
+        """How long the kernel may keep (entry, attributes).
+
+        Shared: attributes as long as the satellite vouches for them; names not at all, because
+        the kernel cannot drop one while it waits for us about its directory (decisions/0008).
+        """
+        if self._fs.is_read_only:
+            return CACHE_TIMEOUT_READ_ONLY_S, CACHE_TIMEOUT_READ_ONLY_S
+        volume = self._fs.volume
+        if not volume.is_shared:
+            return CACHE_TIMEOUT_S, CACHE_TIMEOUT_S
+        if inode.is_stale:
+            return 0.0, 0.0
+        return 0.0, max(0.0, volume.trusted_until - trio.current_time())
+
     def _number(self, inode: int) -> int:
-        return self._fs.root.number if inode == _FUSE_ROOT else inode
+        return self._fs.root.number if inode == FUSE_ROOT else inode
 
     def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         is_root = inode.number == self._fs.root.number
-        entry.st_ino = pyfuse3.InodeT(_FUSE_ROOT if is_root else inode.number)
+        entry.st_ino = pyfuse3.InodeT(FUSE_ROOT if is_root else inode.number)
         entry.generation = inode.generation
-        entry.entry_timeout = self._timeout
-        entry.attr_timeout = self._timeout
+        entry.entry_timeout, entry.attr_timeout = self._timeouts(inode)
         entry.st_mode = pyfuse3.ModeT((inode.kind << 12) | inode.mode)
         entry.st_nlink = inode.nlink
         entry.st_uid = inode.uid
@@ -122,7 +136,7 @@ class DcsOperations(pyfuse3.Operations):
     @guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Attributes of an inode."""
-        return self._attributes(self._fs.inode(self._number(inode)))
+        return self._attributes(await self._fs.directories.fresh(self._number(inode)))
 
     @guarded
     async def setattr(
@@ -225,8 +239,12 @@ class DcsOperations(pyfuse3.Operations):
         return self._file_info(handle)
 
     def _file_info(self, handle: int) -> pyfuse3.FileInfo:
+        """The kernel keeps the pages it has unless others have changed the file since."""
+        inode = self._fs.handle_inode(handle)
+        is_same = inode.kernel_changes == inode.foreign_changes
+        inode.kernel_changes = inode.foreign_changes
         return pyfuse3.FileInfo(
-            fh=pyfuse3.FileHandleT(handle), keep_cache=not self._fs.is_read_only
+            fh=pyfuse3.FileHandleT(handle), keep_cache=is_same and not self._fs.is_read_only
         )
 
     @guarded
@@ -251,8 +269,8 @@ class DcsOperations(pyfuse3.Operations):
 
     @guarded
     async def flush(self, fh: int) -> None:
-        """close(2): nothing to do, the bytes are staged."""
-        self._fs.handle_inode(fh)
+        """close(2): the bytes are staged; a shared mount commits them."""
+        await self._fs.flush(fh)
 
     @guarded
     async def release(self, fh: int) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from network.redundancy import RedundancyScheme
 from network.rpc import ConnectionPool
 from network.runtime import ProgressDeadline, Runtime, now_s, with_deadline
 from network.transfer import put_segment
+from network.transport import SecureStream
 
 log = logging.getLogger(__name__)
 Request = TypeVar("Request")
@@ -93,6 +95,10 @@ class BucketClient:
     async def call(self, method: Method[Request, Response], request: Request) -> Response:
         """One call to the satellite."""
         return await self._pool.call(self.grant.satellite, method, request)
+
+    def open_stream(self) -> AbstractAsyncContextManager[SecureStream]:
+        """A connection to the satellite of one's own; raises Unavailable."""
+        return self._pool.lease(self.grant.satellite)
 
     async def upload_segment(
         self,

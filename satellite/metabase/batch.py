@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from network.codec import pack, unpack
-from network.errors import DcsError, PreconditionFailed
+from network.coherence import Change
+from network.errors import DcsError, SequenceConflict
 from network.ids import Hash
 from network.messages import (
     ApplyRequest,
@@ -21,6 +22,7 @@ from network.messages import (
     Rename,
     SetAttributes,
     SetXattr,
+    Touch,
     Unlink,
 )
 from satellite.db.database import Transaction
@@ -30,8 +32,41 @@ _SUCCESS = OperationResult(0, "")
 
 
 def _commit_content(tx: Transaction, bucket_id: int, op: CommitContent) -> None:
+    inodes.check_seal(tx, bucket_id, op.inode, op.expected_seal)
     extents.apply_commit_content(tx, bucket_id, op)
     inodes.set_attributes(tx, bucket_id, op.inode, op.attributes, op.seal)
+
+
+def changes_of(request: ApplyRequest, response: ApplyResponse) -> tuple[Change, ...]:
+    """What other sessions must forget after this batch. Pure."""
+    if request.atomic and any(result.code for result in response.results):
+        return ()
+    found: dict[Change, None] = {}
+    for op, result in zip(request.operations, response.results, strict=False):
+        if result.code == 0:
+            found |= dict.fromkeys(Change(inode, name) for inode, name in _touched_by(op))
+    return tuple(found)
+
+
+def _touched_by(op: Operation) -> list[tuple[int, bytes]]:
+    """(directory, name) and (inode, empty) pairs whose state an operation has changed."""
+    match op:
+        case Create():
+            return [(op.parent, op.name)]
+        case Link() | Unlink():
+            return [(op.parent, op.name), (op.inode, b"")]
+        case Rename():
+            names = [(op.parent, op.name), (op.new_parent, op.new_name), (op.inode, b"")]
+            return [*names, (op.replaced, b"")] if op.replaced else names
+        case Exchange():
+            return [
+                (op.parent, op.name), (op.other_parent, op.other_name),
+                (op.inode, b""), (op.other_inode, b""),
+            ]  # fmt: skip
+        case SetAttributes() | CommitContent() | SetXattr() | Touch():
+            return [(op.inode, b"")]
+        case PutSegment() | PutInline() | Reap():
+            return []
 
 
 def _reap(tx: Transaction, bucket_id: int, op: Reap) -> None:
@@ -50,13 +85,18 @@ _APPLIERS: dict[type[Any], Callable[[Transaction, int, Any], None]] = {
     PutSegment: segments.apply_put_segment,
     PutInline: extents.apply_put_inline,
     Reap: _reap,
+    Touch: inodes.apply_touch,
 }
 
 
-def _apply_one(tx: Transaction, bucket_id: int, op: Operation) -> OperationResult:
+def _apply_one(
+    tx: Transaction, session: sessions.Session, op: Operation, now_s: int
+) -> OperationResult:
     tx.execute("SAVEPOINT operation")
     try:
-        _APPLIERS[type(op)](tx, bucket_id, op)
+        if isinstance(op, CommitContent):
+            sessions.use_reservation(tx, session, op.inode, now_s)
+        _APPLIERS[type(op)](tx, session.bucket_id, op)
     except DcsError as error:
         tx.execute("ROLLBACK TO operation")
         tx.execute("RELEASE operation")
@@ -65,24 +105,32 @@ def _apply_one(tx: Transaction, bucket_id: int, op: Operation) -> OperationResul
     return _SUCCESS
 
 
-def apply(tx: Transaction, session: sessions.Session, request: ApplyRequest) -> ApplyResponse:
+def apply(
+    tx: Transaction, session: sessions.Session, request: ApplyRequest, now_s: int
+) -> ApplyResponse:
     """Apply a batch or return the kept result of the one applied last.
 
-    Raises PreconditionFailed for a sequence that is not the next one, or whose chain differs
+    Raises SequenceConflict for a sequence that is not the next one, or whose chain differs
     from what was applied: the client's log is a fork.
     """
-    if request.sequence == session.last_sequence:
-        if request.chain != Hash(session.last_chain):
-            raise PreconditionFailed("this cache directory is a copy: its log has forked")
-        return unpack(ApplyResponse, session.last_result)
-    if request.sequence != session.last_sequence + 1:
-        raise PreconditionFailed(
-            f"batch {request.sequence} does not follow batch {session.last_sequence}"
-        )
+    last, kept = (
+        (session.direct_sequence, session.direct_result)
+        if request.direct
+        else (session.last_sequence, session.last_result)
+    )
+    if request.sequence == last:
+        if not request.direct and request.chain != Hash(session.last_chain):
+            raise SequenceConflict("this cache directory is a copy: its log has forked")
+        return unpack(ApplyResponse, kept)
+    if request.sequence != last + 1:
+        raise SequenceConflict(f"batch {request.sequence} does not follow batch {last}")
     results: list[OperationResult] = []
     tx.execute("SAVEPOINT batch")
     for op in request.operations:
-        result = _apply_one(tx, session.bucket_id, op)
+        if isinstance(op, Reap) and session.others:
+            results.append(_SUCCESS)  # another session may have it open: dropped at the next lease
+            continue
+        result = _apply_one(tx, session, op, now_s)
         results.append(result)
         if result.code and request.atomic:
             tx.execute("ROLLBACK TO batch")
@@ -90,5 +138,5 @@ def apply(tx: Transaction, session: sessions.Session, request: ApplyRequest) -> 
             return ApplyResponse(tuple(results))  # nothing happened: the sequence stays free
     tx.execute("RELEASE batch")
     response = ApplyResponse(tuple(results))
-    sessions.record_batch(tx, session, request.sequence, request.chain, pack(response))
+    sessions.record_batch(tx, session, request, pack(response))
     return response

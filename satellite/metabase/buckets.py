@@ -144,5 +144,6 @@ def delete(tx: Transaction, project_id: int, name: str, now_s: int) -> None:
         )
     inodes.reap_all(tx, bucket_id)
     tx.execute("DELETE FROM inode WHERE bucket_id=?", (bucket_id,))
+    tx.execute("DELETE FROM reservation WHERE bucket_id=?", (bucket_id,))
     tx.execute("DELETE FROM session WHERE bucket_id=?", (bucket_id,))
     tx.execute("DELETE FROM bucket WHERE bucket_id=?", (bucket_id,))

@@ -1,7 +1,15 @@
 """Inodes: read, make, set attributes, reap."""
 
-from network.errors import AlreadyExists, InvalidArgument, NotFound
-from network.messages import Attributes, InodeRecord, Kind, NewInode, SetAttributes, SetXattr
+from network.errors import AlreadyExists, InvalidArgument, NotFound, PreconditionFailed
+from network.messages import (
+    Attributes,
+    InodeRecord,
+    Kind,
+    NewInode,
+    SetAttributes,
+    SetXattr,
+    Touch,
+)
 from satellite.db.database import DbRow, Transaction
 from satellite.metabase import extents
 
@@ -90,8 +98,26 @@ def set_attributes(
         raise NotFound(f"inode {inode} does not exist")
 
 
+def check_seal(tx: Transaction, bucket_id: int, inode: int, expected: bytes) -> None:
+    """Raise PreconditionFailed if the seal is another one; an empty one expects nothing."""
+    if not expected:
+        return
+    row = tx.one("SELECT seal FROM inode WHERE bucket_id=? AND inode=?", (bucket_id, inode))
+    if row is not None and row[0] != expected:
+        raise PreconditionFailed(f"inode {inode} has been changed by another session")
+
+
+def apply_touch(tx: Transaction, bucket_id: int, op: Touch) -> None:
+    """Touch; what is gone needs no times."""
+    tx.execute(
+        "UPDATE inode SET mtime_ns=coalesce(?, mtime_ns), ctime_ns=? WHERE bucket_id=? AND inode=?",
+        (op.mtime_ns, op.ctime_ns, bucket_id, op.inode),
+    )
+
+
 def apply_set_attributes(tx: Transaction, bucket_id: int, op: SetAttributes) -> None:
     """SetAttributes."""
+    check_seal(tx, bucket_id, op.inode, op.expected_seal)
     set_attributes(tx, bucket_id, op.inode, op.attributes, op.seal)
 
 
@@ -117,8 +143,9 @@ def reap(tx: Transaction, bucket_id: int, inode: int) -> None:
     tx.execute("DELETE FROM inode WHERE bucket_id=? AND inode=?", key)
 
 
-def reap_all(tx: Transaction, bucket_id: int) -> None:
-    """Drop every inode without dentries: no session holds handles any more."""
+def reap_all(tx: Transaction, bucket_id: int, kept: frozenset[int] = frozenset()) -> None:
+    """Drop every inode without dentries but those `kept`: nobody else holds handles any more."""
     rows = tx.all("SELECT inode FROM inode WHERE bucket_id=? AND nlink=0", (bucket_id,))
     for row in rows:
-        reap(tx, bucket_id, int(row[0]))
+        if row[0] not in kept:
+            reap(tx, bucket_id, int(row[0]))

@@ -14,7 +14,7 @@ import trio
 
 from dcsfs.access import AccessGrant
 from dcsfs.cache import log as log_module
-from dcsfs.fs.filesystem import Caller, Changes
+from dcsfs.fs.building import Caller, Changes
 from dcsfs.fs.mounted import VolumeOptions, close_session, open_volume
 from dcsfs.uplink.buckets import create_bucket
 from network.messages import Kind

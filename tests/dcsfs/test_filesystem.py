@@ -9,11 +9,11 @@ import trio
 from dcsfs import keys
 from dcsfs.access import AccessGrant
 from dcsfs.fs import reader as reader_module
+from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.errors import FsError
-from dcsfs.fs.filesystem import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.mounted import VolumeOptions, close_session, open_volume
 from dcsfs.uplink.buckets import create_bucket
-from network.errors import BucketBusy, InvalidArgument, WrongPassphrase
+from network.errors import InvalidArgument, WrongPassphrase
 from network.messages import Kind
 from tests.planet import planet
 
@@ -231,20 +231,6 @@ async def test_unlinked_open_file_lives_until_closed(tmp_path, autojump_clock):
         await m1.drain()
         assert world.database.read(lambda tx: tx.number("SELECT count(*) FROM inode")) == 1
         assert world.database.read(lambda tx: tx.number("SELECT sum(live_bytes) FROM segment")) == 0
-
-
-async def test_second_writer_is_told_by_whom(tmp_path, autojump_clock):
-    async with bucket_world(tmp_path) as world, mounted(world, tmp_path):
-        with pytest.raises(BucketBusy, match=f"process {os.getpid()}"):
-            async with mounted(world, tmp_path, "second"):
-                pass
-        with pytest.raises(InvalidArgument, match="in use by process"):
-            async with mounted(world, tmp_path):
-                pass
-        async with mounted(world, tmp_path, "third", read_only=True) as reading:
-            with pytest.raises(FsError):
-                await reading.filesystem.create_node(1, b"x", Kind.FILE, 0o644, CALLER)
-        await trio.sleep(1)
 
 
 async def test_wrong_passphrase_is_named(tmp_path, autojump_clock):

@@ -25,7 +25,7 @@ async def open_bucket(world, pool):
     return await pool.call(
         world.address,
         m.OPEN_SESSION,
-        m.OpenSessionRequest(world.api_key, "photos", b"c" * 16, "host", 1),
+        m.OpenSessionRequest(world.api_key, "photos", b"c" * 16, "host", 1, False),
     )
 
 
@@ -49,7 +49,13 @@ async def upload(world, pool, session, data, sequence=1):
         world.address,
         m.APPLY,
         m.ApplyRequest(
-            world.api_key, session.session_id, sequence, Hash(bytes([sequence]) * 32), True, (put,)
+            world.api_key,
+            session.session_id,
+            sequence,
+            Hash(bytes([sequence]) * 32),
+            True,
+            False,
+            (put,),
         ),
     )
     assert [item.code for item in reply.results] == [0], reply
