@@ -123,12 +123,13 @@ class Hub:
             return
         self._number += 1
         number = self._number
-        for session_id in sessions:
-            channel = self._channel(session_id)
+        # A channel that is opened from now on is another one: its client has forgotten less.
+        channels = [self._channel(session_id) for session_id in sessions]
+        for channel in channels:
             if channel.is_open:
                 channel.send(Event(number, changes))
-        for session_id in sessions:
-            await self._wait_acknowledged(self._channel(session_id), number)
+        for channel in channels:
+            await self._wait_acknowledged(channel, number)
 
     async def _wait_acknowledged(self, channel: _Channel, number: int) -> None:
         with trio.move_on_after(ACKNOWLEDGE_DEADLINE_S):

@@ -5,6 +5,7 @@ deleted whole once everything in it is committed. Each mount starts a fresh slab
 from a random salt, so a record number lost in a crash never meets the same key again.
 """
 
+import errno
 import logging
 import os
 import struct
@@ -82,7 +83,7 @@ class WriteLog:
         self._sync_running: trio.Event | None = None
         self.sync_count = 0
         self.failure: OSError | None = None
-        """Set once the disk refused a sync: what is staged can no longer be promised."""
+        """Set once the disk refused a sync or a write: nothing more can be promised."""
         directory.mkdir(mode=0o700, exist_ok=True)
         for path in sorted(directory.glob("*.slab")):
             self._open_existing(path)
@@ -92,10 +93,20 @@ class WriteLog:
         """Number of the newest record."""
         return self._sequence
 
+    def has_failed(self) -> bool:
+        """Whether the disk has refused a sync or a write."""
+        return self.failure is not None
+
     @property
     def disk_bytes(self) -> int:
         """Bytes the slabs take on disk."""
         return len(self._slabs) * SLAB_BYTES
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slabs that hold records, committed or not."""
+        current = SLAB_BYTES - self._end if self._current is not None else 0
+        return self.disk_bytes - current - (SLAB_BYTES if self._spare is not None else 0)
 
     def _cipher(self, salt: bytes) -> AESGCM:
         return AESGCM(keys.derive(self._key, b"log slab " + salt))
@@ -119,6 +130,13 @@ class WriteLog:
             raise IntegrityError(f"log slab {path} is of version {version}")
         slab = _Slab(number, descriptor, path, self._cipher(salt), salt, first, first - 1)
         self._slabs[number] = slab
+
+    def has_room(self, count: int, budget: int) -> bool:
+        """Whether `count` payload bytes fit without the slabs passing `budget` bytes on disk."""
+        left = SLAB_BYTES - self._end if self._current is not None else 0
+        if left >= count + _RESERVE_MARGIN_BYTES or self._spare is not None:
+            return True
+        return self.disk_bytes + SLAB_BYTES <= budget
 
     def reserve(self, count: int) -> None:
         """Have room for `count` payload bytes and a few small records; raises OSError if not.
@@ -172,7 +190,12 @@ class WriteLog:
         slab.cipher.encrypt_into(
             sequence.to_bytes(12, "big"), payload, prefix, memoryview(record)[_PREFIX.size :]
         )
-        write_fully(slab.descriptor, record, self._end)
+        try:
+            write_fully(slab.descriptor, record, self._end)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self.failure = error
+            raise
         position = Position(slab.number, self._end, sequence, size)
         self._end += total
         self._sequence = slab.last_sequence = sequence

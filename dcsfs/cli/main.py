@@ -8,6 +8,7 @@ import click
 from dcsfs.cli import (
     access_cmd,
     bucket_cmd,
+    cache_cmd,
     mount_cmd,
     object_cmd,
     status_cmd,
@@ -36,6 +37,7 @@ for command in (
     mount_cmd.umount,
     status_cmd.status,
     status_cmd.sync,
+    cache_cmd.cache,
     testnet_cmd.testnet,
 ):
     main.add_command(command)

@@ -38,6 +38,10 @@ def status(as_json: bool, mountpoint: Path | None) -> None:
 
 def _echo_status(values: dict[str, Any]) -> None:
     mode = "read-only" if values["read_only"] else "read-write"
+    if values["shared"]:
+        mode += ", shared with others"
+    if values["offline"]:
+        mode += ", satellite not reached"
     click.echo(f"dcs://{values['bucket']} on {values['mountpoint']} ({mode}, pid {values['pid']})")
     click.echo(f"  waiting   {format_size(values['dirty_bytes'])}, {values['queue']} operations")
     click.echo(
@@ -48,6 +52,13 @@ def _echo_status(values: dict[str, Any]) -> None:
     click.echo(f"  cache     {values['cache_dir']}: {format_size(values['clean_bytes'])} clean")
     for node, reason in values["bad_nodes"].items():
         click.echo(f"  bad node  {node}: {reason}")
+    for note in values["conflicts"]:
+        click.echo(f"  conflict  {note}")
+    if values["disk_failure"]:
+        click.echo(
+            f"  READ-ONLY {values['cache_dir']} failed: {values['disk_failure']}; staged data is "
+            "being sent, then unmount and use another disk"
+        )
     if values["last_error"]:
         click.echo(f"  problem   {values['last_error']} (staged data is safe locally)")
 

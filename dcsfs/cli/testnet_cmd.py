@@ -108,11 +108,16 @@ def kill(
 
 @testnet.command()
 @directory_option
+@click.option("--satellite", is_flag=True, help="The satellite alone.")
 @node_option
 @more_argument
-def revive(directory: Path, nodes: tuple[str, ...], more: tuple[str, ...]) -> None:
+def revive(directory: Path, satellite: bool, nodes: tuple[str, ...], more: tuple[str, ...]) -> None:
     """Start killed nodes again (default: everything), and end faults."""
-    TestNetwork(directory).revive([*nodes, *more] or None)
+    net = TestNetwork(directory)
+    if satellite:
+        net.revive_satellite()
+    else:
+        net.revive([*nodes, *more] or None)
 
 
 @testnet.command()

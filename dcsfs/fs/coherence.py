@@ -45,6 +45,7 @@ CALM_PING_INTERVAL_S = 3 * PING_INTERVAL_S
 """While the lease is held nothing is trusted for a pong's sake."""
 SILENCE_S = 3 * TRUST_S
 RECONNECT_S = 0.5
+AT_ONCE_S = 0.02
 RESERVATIONS_MAX = 65536
 KERNEL_DEADLINE_S = 1.0
 """A page that is being read is waited for so long: its reader began before the change."""
@@ -112,11 +113,14 @@ class Coherence:
                 except SessionLost as error:
                     log.warning("%s", error)
                     await self._open_again()
-                except (DcsError, OSError) as error:
+                except Exception as error:
+                    if not isinstance(error, DcsError | OSError):
+                        log.exception("the channel failed")
                     log.info("the channel to the satellite is down: %s", error)
-                    self._volume.is_offline = True
+                    # One that was open is tried again first: others may be at work over there.
+                    self._volume.is_offline = self._stream is None
                 self._stream, self._is_vouched = None, False
-                await trio.sleep(RECONNECT_S)
+                await trio.sleep(RECONNECT_S if self._volume.is_offline else AT_ONCE_S)
 
     async def _open_again(self) -> None:
         try:
@@ -133,7 +137,7 @@ class Coherence:
     async def _run_channel(self, background: trio.Nursery) -> None:
         """One connection, until it fails; raises what ended it."""
         client, session = self._volume.client, self._volume.session
-        failure: DcsError | OSError | None = None
+        failure: Exception | None = None
         async with client.open_stream() as stream:
             request = SubscribeRequest(client.api_key, session.session_id)
             await stream.send(SUBSCRIBE.code, pack(request))
@@ -144,8 +148,8 @@ class Coherence:
                     nursery.start_soon(self._ping_forever, stream)
                     nursery.start_soon(self._acknowledge_forever, stream, unread)
                     await self._receive_forever(stream, events, background)
-                except (DcsError, OSError, trio.WouldBlock) as error:
-                    failure = error if not isinstance(error, trio.WouldBlock) else None
+                except Exception as error:  # noqa: BLE001 -- raised again outside the nursery
+                    failure = error
                     stream.abort()
                 nursery.cancel_scope.cancel()
         if failure is not None:
@@ -189,11 +193,11 @@ class Coherence:
                     if self._is_vouched:
                         self._volume.trusted_until = sent_at + TRUST_S
                     if is_alone and self._volume.is_shared and self._is_vouched:
-                        background.start_soon(self._acquire)
+                        background.start_soon(_guarded, self._acquire)
                 case Event() as event:
                     events.send_nowait(event)
                 case Recall():
-                    background.start_soon(self._yield_lease)
+                    background.start_soon(_guarded, self._yield_lease)
 
     async def _acknowledge_forever(
         self, stream: SecureStream, events: trio.MemoryReceiveChannel[Event]
@@ -209,7 +213,7 @@ class Coherence:
         volume = self._volume
         volume.is_offline = False
         if volume.is_shared:
-            background.start_soon(self._start_over)
+            background.start_soon(_guarded, self._start_over)
         elif not holds_lease:
             log.warning(
                 "the write lease went to another session meanwhile; what contradicts its "
@@ -218,7 +222,7 @@ class Coherence:
             volume.is_shared = True
             volume.mark_overtaken()
             self._writeback.demand()
-            background.start_soon(self._start_over)
+            background.start_soon(_guarded, self._start_over)
 
     async def _start_over(self) -> None:
         """Once what was done under a lease is committed, forget all; then events keep it true."""
@@ -291,3 +295,11 @@ class Coherence:
                 volume.forget_everything()
                 volume.is_shared = False
                 log.info("alone on the bucket: the lease is held here")
+
+
+async def _guarded(task: Callable[[], Awaitable[None]]) -> None:
+    """A failure here must not end the mount: the channel's next turn tries again."""
+    try:
+        await task()
+    except Exception:
+        log.exception("keeping the lease in order failed")

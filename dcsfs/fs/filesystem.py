@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
-from dcsfs.fs import acl, building
+from dcsfs.fs import acl, building, throttle
 from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.direct import DirectCalls
 from dcsfs.fs.directories import Directories
@@ -99,9 +99,8 @@ class FileSystem:
     def _require_writable(self) -> None:
         if self.is_read_only or self.volume.is_read_only:
             raise FsError(errno.EROFS)
-        failure = self.volume.log.failure
-        if failure is not None:
-            raise FsError(errno.EIO, f"the cache disk failed: {failure.strerror}")
+        if self.volume.log.failure is not None:
+            raise FsError(errno.EROFS, "the cache disk failed")
 
     async def _prepare_change(self, count: int) -> None:
         """Refuse on a read-only mount, then have room for `count` bytes in the log."""
@@ -119,7 +118,9 @@ class FileSystem:
         Raises LeaseChanged when a change that is answered here may not be any more.
         """
         log = self.volume.log
-        if log.disk_bytes + count <= self._log_bytes_max:
+        if log.used_bytes > throttle.LINE * self._log_bytes_max:
+            await self._slow_down(count)
+        if log.has_room(count, self._log_bytes_max):
             if needs_lease and self.volume.is_shared:
                 raise LeaseChanged
             self._reserve(count)
@@ -127,7 +128,7 @@ class FileSystem:
         assert self._writeback is not None
         deadline = trio.current_time() + CACHE_SPACE_DEADLINE_S
         level = log.disk_bytes
-        while log.disk_bytes + count > self._log_bytes_max:
+        while not log.has_room(count, self._log_bytes_max):
             self._writeback.demand()
             if trio.current_time() > deadline:
                 raise FsError(errno.ENOSPC, "the cache is full and the network takes nothing")
@@ -139,6 +140,20 @@ class FileSystem:
         if needs_lease and self.volume.is_shared:
             raise LeaseChanged
         self._reserve(count)
+
+    async def _slow_down(self, count: int) -> None:
+        """Hold a writer back for as long as the log's filling asks for."""
+        assert self._writeback is not None
+        if not self.volume.queue:
+            self._writeback.demand()
+        await trio.sleep(
+            throttle.wait_s(
+                count,
+                self.volume.log.used_bytes,
+                self._log_bytes_max,
+                self._writeback.drain_rate.at(trio.current_time()),
+            )
+        )
 
     def _reserve(self, count: int) -> None:
         try:
@@ -523,7 +538,8 @@ class FileSystem:
         try:
             self.volume.stage(inode, offset, view, self._now())
         except OSError as error:
-            raise FsError(errno.ENOSPC, f"the cache disk took no more: {error}") from error
+            code = errno.EIO if self.volume.log.failure is not None else errno.ENOSPC
+            raise FsError(code, f"the cache disk took no more: {error}") from error
         mode = building.without_set_id(inode.mode)
         if mode != inode.mode:
             await self.set_attributes(inode.number, Changes(mode=mode, mtime_ns=inode.mtime_ns))

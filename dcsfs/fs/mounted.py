@@ -1,9 +1,7 @@
 """Put a file system together: cache directory, session, log, recovery, background tasks."""
 
-import json
 import logging
 import os
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import trio
 
 from dcsfs import keys
 from dcsfs.access import AccessGrant
+from dcsfs.cache import identity
 from dcsfs.cache.clean import CleanCache
 from dcsfs.cache.log import WriteLog
 from dcsfs.fs.coherence import Coherence
@@ -25,7 +24,7 @@ from dcsfs.fs.writeback import Writeback
 from dcsfs.uplink.client import BucketClient, open_bucket
 from network import messages as m
 from network.errors import DcsError, InvalidArgument, SessionLost, Unavailable
-from network.files import DirectoryLock, write_durably
+from network.files import DirectoryLock
 from network.limits import SESSION_RENEW_S, STAGE_INTERVAL_S
 from network.rpc import ConnectionPool
 from network.runtime import Runtime
@@ -72,26 +71,6 @@ class Mounted:
         await self.filesystem.sync_everything()
 
 
-def _cache_identity(directory: Path, bucket_id: bytes) -> bytes:
-    """The cache directory's id; raises InvalidArgument if it belongs to another bucket."""
-    path = directory / "cache.json"
-    if path.exists():
-        try:
-            values = json.loads(path.read_text())
-            cache_id, owner = bytes.fromhex(values["cache_id"]), bytes.fromhex(values["bucket_id"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InvalidArgument(f"cache directory {directory} is damaged: {error}") from error
-        if owner != bucket_id:
-            raise InvalidArgument(
-                f"cache directory {directory} belongs to another bucket; choose another cache_dir"
-            )
-        return cache_id
-    cache_id = secrets.token_bytes(16)
-    values = {"version": 1, "cache_id": cache_id.hex(), "bucket_id": bucket_id.hex()}
-    write_durably(path, json.dumps(values).encode())
-    return cache_id
-
-
 @asynccontextmanager
 async def open_volume(
     runtime: Runtime, pool: ConnectionPool, grant: AccessGrant, bucket: str, options: VolumeOptions
@@ -109,7 +88,8 @@ async def open_volume(
         raise InvalidArgument(f"cache directory {directory}: {error.strerror}") from error
     lock = DirectoryLock(directory, "cache directory")
     try:
-        cache_id = _cache_identity(directory, client.bucket_id)
+        own = identity.claim(directory, client.bucket_id, client.info.wrapped_root_key, runtime)
+        cache_id = own.cache_id
         log_share = options.cache_bytes * 3 // 4
         clean = CleanCache(directory / "clean", options.cache_bytes - log_share, runtime)
         try:

@@ -6,6 +6,7 @@ transaction is sent; a crash after that is resolved by asking the satellite how 
 """
 
 import logging
+from contextlib import suppress
 
 import trio
 from blake3 import blake3
@@ -16,6 +17,7 @@ from dcsfs.fs import building, journal
 from dcsfs.fs.conflicts import Conflicts
 from dcsfs.fs.reader import Reader
 from dcsfs.fs.state import Batch, Content, Inode, Layer, Prepared
+from dcsfs.fs.throttle import DrainRate
 from dcsfs.fs.volume import Volume
 from dcsfs.keys import Sealed
 from dcsfs.uplink.client import INLINE_SEGMENT
@@ -83,6 +85,7 @@ class Writeback:
         self._progress = trio.Event()
         self.last_error = ""
         self.flushed_batches = 0
+        self.drain_rate = DrainRate()
 
     async def run(self) -> None:
         """Freeze, upload and commit until cancelled; failures are retried with back-off."""
@@ -179,6 +182,7 @@ class Writeback:
                 delay = min(2 * delay, RETRY_LAST_S)
                 continue
             self.flushed_batches += 1
+            self.drain_rate.note(batch.data_bytes, trio.current_time())
             self.last_error, delay = "", RETRY_FIRST_S
             self._announce()
 
@@ -459,16 +463,14 @@ class Writeback:
 
     async def _apply(self, kind: int, covered: int, operations: list[m.Operation]) -> None:
         """Send one transaction; idempotent, so an unknown outcome is asked for again."""
-        session, volume = self._volume.session, self._volume
+        session = self._volume.session
         sequence = session.sequence + 1
         digest = blake3()
         for operation in operations:
             digest.update(pack(operation))
         chain = Hash(blake3(session.chain + digest.digest()).digest())
-        journal.append_message(
-            volume.log, kind, journal.FlushRecord(session.session_id, sequence, chain, covered)
-        )
-        await volume.log.sync()
+        flush = journal.FlushRecord(session.session_id, sequence, chain, covered)
+        await self._note_in_log(kind, flush)
         request = m.ApplyRequest(
             self._client.api_key, session.session_id, sequence, chain, True, False,
             tuple(operations),
@@ -479,9 +481,25 @@ class Writeback:
                 raise Refused(operation, error_from_wire(result.code, result.text))
         session.sequence, session.chain = sequence, chain
         self._client.counters.satellite_transactions += 1
-        journal.append_message(
-            volume.log, journal.DONE, journal.DoneRecord(session.session_id, sequence)
-        )
+        done = journal.DoneRecord(session.session_id, sequence)
+        with suppress(OSError):
+            journal.append_message(self._volume.log, journal.DONE, done)
+
+    async def _note_in_log(self, kind: int, flush: journal.FlushRecord) -> None:
+        """Have the record on disk before its batch is sent.
+
+        When the disk fails, what can still be read of it goes to the network all the same: a
+        later mount sees from the sequence that this log is old, and does not replay it.
+        """
+        disk = self._volume.log
+        if not disk.has_failed():
+            try:
+                journal.append_message(disk, kind, flush)
+                await disk.sync()
+            except OSError as error:
+                if not disk.has_failed():
+                    raise  # no space: nothing is lost, later there may be some
+                log.error("the cache disk failed, sending what is staged: %s", error)
 
     async def _send(self, request: m.ApplyRequest) -> m.ApplyResponse:
         delay = RETRY_FIRST_S

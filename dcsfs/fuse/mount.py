@@ -215,6 +215,7 @@ class MountDaemon:
             "bad_nodes": counters.bad_nodes,
             "slow_nodes": counters.slow_or_failed,
             "open_files": mounted.filesystem.open_handles,
+            "disk_failure": str(volume.log.failure or "") if writable else "",
             "last_error": mounted.writeback.last_error if mounted.writeback else "",
             "recent_errors": operations.recent_errors,
         }

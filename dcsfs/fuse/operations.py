@@ -129,9 +129,12 @@ class DcsOperations(pyfuse3.Operations):
         return self._entry(await self._fs.directories.lookup(self._number(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Drop references; never raises."""
+        """Drop references; never raises: the kernel expects no answer."""
         for number, count in inode_list:
-            self._fs.forget(self._number(number), count)
+            try:
+                self._fs.forget(self._number(number), count)
+            except Exception:
+                log.exception("forgetting inode %d failed", number)
 
     @guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:

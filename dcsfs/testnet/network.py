@@ -242,6 +242,10 @@ class TestNetwork:
                 self._ask(number, "revive", nodes=group)
         self.status()
 
+    def revive_satellite(self) -> None:
+        """Start the satellite again, if it does not run."""
+        self._start_satellite(self.load())
+
     def fault(self, names: list[str], fault: str) -> None:
         """Make nodes stall, be slow, or behave."""
         values = self.load()

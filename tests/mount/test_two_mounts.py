@@ -1,5 +1,6 @@
 """Two mounts of one bucket in two processes against one local directory: a random schedule."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -97,6 +98,17 @@ def append(path, data):
         handle.write(data)
 
 
+@contextlib.contextmanager
+def stopped(mount):
+    """The mount's process does not run in the block."""
+    pid = mount.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def outcome(action, root):
     try:
         action(root)
@@ -121,14 +133,11 @@ def test_random_schedule_with_stops_kills_and_returns(mount_of, net, tmp_path, s
         mount, other = chance.sample(mounts, 2)
         kind, action = steps.draw()
         event = events.get(number)
-        if event == "stop":  # the other one is away, longer than it may trust its memory
-            pid = other.status()["pid"]
-            os.kill(pid, signal.SIGSTOP)
-        expected, found = outcome(action, reference), outcome(action, mount.point)
+        # The other one is away, longer than it may trust its memory.
+        with stopped(other) if event == "stop" else contextlib.nullcontext():
+            expected, found = outcome(action, reference), outcome(action, mount.point)
         assert found == expected, (number, kind)
-        if event == "stop":
-            os.kill(pid, signal.SIGCONT)
-        elif event == "kill":
+        if event == "kill":
             other.kill()
             other.mount()
         elif event == "restart":
