@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from dcsfs.fs import loader
-from dcsfs.fs.state import Base, Batch, Dentry, FrozenInode, Inode, follow
+from dcsfs.fs.state import Base, Batch, Dentry, FrozenInode, Inode
 from dcsfs.fs.volume import Volume
 from dcsfs.keys import InodeKey, Place, Sealed
 from dcsfs.uplink.client import INLINE_SEGMENT
@@ -194,7 +194,7 @@ class Conflicts:
 
     def _take_over(self, inode: Inode, fresh: Inode) -> None:
         if self._volume.is_shared:
-            follow(inode, fresh)
+            self._volume.follow(inode, fresh)
         else:
             inode.seal = fresh.seal
 
@@ -220,7 +220,7 @@ class Conflicts:
         if not self._volume.is_shared:
             return False
         if fresh is not None:
-            follow(inode, fresh)
+            self._volume.follow(inode, fresh)
         base = inode.base or Base(inode.rows, inode.placements, inode.committed_size)
         is_whole = layer.cut == 0 or (base.rows is not None and not _inline_rows(base))
         if fresh is None or (batch.is_overtaken and is_whole):

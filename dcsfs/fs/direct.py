@@ -149,6 +149,21 @@ class DirectCalls:
         return None
 
 
+class Watch:
+    """Whether anything else came to be known between a decision's beginning and its end."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._before = (volume.events_seen, volume.loads)
+
+    def end(self) -> bool:
+        """True if nothing did. Answers asked for before this call count as old from here on."""
+        volume = self._volume
+        is_quiet = self._before == (volume.events_seen, volume.loads)
+        volume.events_seen += 1
+        return is_quiet
+
+
 async def decide_attributes(
     volume: Volume,
     direct: DirectCalls,
@@ -160,12 +175,12 @@ async def decide_attributes(
 
     Raises PreconditionFailed when what is known of the inode is old: it is loaded anew then.
     """
-    seen = volume.events_seen
+    watch = Watch(volume)
     try:
         await direct.decide(*operations)
     except BaseException:
         inode.is_stale = True
         raise
     building.adopt_attributes(inode, operation)
-    if volume.events_seen != seen:
+    if not watch.end():
         inode.is_stale = True

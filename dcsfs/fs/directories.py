@@ -10,7 +10,7 @@ import errno
 from dcsfs import keys
 from dcsfs.fs import loader
 from dcsfs.fs.errors import FsError
-from dcsfs.fs.state import Dentry, Inode, follow
+from dcsfs.fs.state import Dentry, Inode
 from dcsfs.fs.volume import Volume
 from network import messages as m
 from network.errors import NotFound
@@ -58,7 +58,8 @@ class Directories:
             except NotFound:
                 inode.nlink, inode.is_stale = 0, False
                 return
-            follow(inode, loader.inode_from(volume.client, record, inode.key, inode.parent))
+            fresh = loader.inode_from(volume.client, record, inode.key, inode.parent)
+            volume.follow(inode, fresh)
             if volume.events_seen == seen:
                 inode.is_stale = False
                 return

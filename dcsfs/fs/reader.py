@@ -13,7 +13,7 @@ import trio
 from dcsfs.cache.clean import RUN_RECORDS
 from dcsfs.cache.log import Position, RecordTrimmed
 from dcsfs.fs import loader
-from dcsfs.fs.state import Inode, Layer, Piece, follow, resolve
+from dcsfs.fs.state import Inode, Layer, Piece, resolve
 from dcsfs.fs.volume import Volume
 from network.errors import DcsError, IntegrityError, NotFound
 from network.extentmap import Row
@@ -122,7 +122,8 @@ class Reader:
         """Take over what another session has committed since the inode was loaded."""
         if not (self._volume.is_read_only or self._volume.is_shared):
             raise IntegrityError(f"inode {inode.number} was changed by somebody else")
-        follow(inode, loader.inode_from(self._client, record, inode.key, inode.parent))
+        fresh = loader.inode_from(self._client, record, inode.key, inode.parent)
+        self._volume.follow(inode, fresh)
 
     async def read(
         self, inode: Inode, offset: int, size: int, state: ReadState

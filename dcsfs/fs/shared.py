@@ -17,7 +17,7 @@ from dcsfs.fs.building import (
     Changes,
     set_xattr,
 )
-from dcsfs.fs.direct import DirectCalls, decide_attributes, retried
+from dcsfs.fs.direct import DirectCalls, Watch, decide_attributes, retried
 from dcsfs.fs.directories import Directories
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.state import Dentry, Inode
@@ -27,6 +27,9 @@ from dcsfs.fs.xattrs import Xattrs
 from network import messages as m
 from network.limits import CLOSE_COMMIT_DEADLINE_S
 from network.messages import Kind
+
+Name = tuple[Inode, bytes, Dentry | None]
+"""A directory, a name in it, and what that stands for after a change; None: nothing."""
 
 
 class SharedNames:
@@ -47,33 +50,38 @@ class SharedNames:
         self._xattrs = xattrs
 
     async def _decide(
-        self, names: list[tuple[Inode, bytes]], *operations: m.Operation
-    ) -> list[bool]:
-        """Have it decided; returns for each name whether nobody else has changed it meanwhile.
+        self,
+        names: list[Name],
+        touched: list[Inode],
+        *operations: m.Operation,
+    ) -> bool:
+        """Have it decided, then remember what each name stands for, if nobody else changed any.
 
-        On an error, or cancelled, the names are not known any more.
+        Returns whether nothing else came to be known meanwhile; `touched` are loaded again if
+        something did. On an error, or cancelled, the names are not known any more.
         """
-        before = [directory.name_changes for directory, _ in names]
+        before = {id(directory): directory.name_changes for directory, _, _ in names}
+        watch, is_done = Watch(self._volume), False
         try:
             await self._direct.decide(*operations)
-        except BaseException:
-            for directory, name in names:
+            is_done = True
+        finally:
+            is_quiet = watch.end()
+            for directory, name, dentry in names:
+                is_current = is_done and directory.name_changes == before[id(directory)]
                 self._volume.forget_name(directory, name)
-                directory.is_stale = True
-            raise
-        return [
-            directory.name_changes == changes
-            for (directory, _), changes in zip(names, before, strict=True)
-        ]
-
-    def _put(self, directory: Inode, name: bytes, dentry: Dentry | None) -> None:
-        """Remember what a name stands for now."""
-        self._volume.forget_name(directory, name)
-        directory.unknown.discard(name)
-        if dentry is None:
-            directory.absent.add(name)
-        else:
-            directory.children[name] = dentry
+                if is_current:
+                    directory.unknown.discard(name)
+                    if dentry is None:
+                        directory.absent.add(name)
+                    else:
+                        directory.children[name] = dentry
+            for directory, _, _ in names:
+                directory.name_changes += 1  # answers that are on their way are too old
+            if not (is_done and is_quiet):
+                for inode in touched:
+                    inode.is_stale = True
+        return is_quiet
 
     async def flush(self, inode: Inode) -> None:
         """Have staged content at the satellite, or give up after the deadline: it stays staged."""
@@ -118,13 +126,16 @@ class SharedNames:
         if default and kind is Kind.DIRECTORY:
             operations.append(set_xattr(inode, acl.DEFAULT, acl.encode(default)))
             inode.xattrs[acl.DEFAULT] = acl.encode(default)
-        (is_current,) = await self._decide([(parent, name)], *operations)
         inode.seal = made.operation.inode.seal
+        # Known before it has a name: who finds the name meanwhile finds this inode.
         self._volume.inodes[inode.number] = inode
+        try:
+            await self._decide([(parent, name, made.dentry)], [parent], *operations)
+        except BaseException:
+            del self._volume.inodes[inode.number]
+            raise
         parent.mtime_ns = parent.ctime_ns = now
         parent.nlink += kind is Kind.DIRECTORY
-        if is_current:
-            self._put(parent, name, made.dentry)
         return inode
 
     async def link(self, number: int, parent_number: int, name: bytes) -> Inode:
@@ -139,16 +150,15 @@ class SharedNames:
             raise FsError(errno.EEXIST)
         now, dentry_id = self._volume.runtime.now_ns(), self._volume.new_number()
         encrypted, wrapped = building.wrap(self._volume, parent, name, inode)
-        (is_current,) = await self._decide(
-            [(parent, name)],
+        await self._decide(
+            [(parent, name, Dentry(dentry_id, name, number, inode.kind))],
+            [parent, inode],
             m.Link(parent_number, encrypted, dentry_id, wrapped, number),
             m.Touch(number, None, now),
             m.Touch(parent_number, now, now),
         )
         inode.nlink += 1
         inode.ctime_ns = parent.mtime_ns = parent.ctime_ns = now
-        if is_current:
-            self._put(parent, name, Dentry(dentry_id, name, number, inode.kind))
         return inode
 
     async def unlink(self, parent_number: int, name: bytes) -> None:
@@ -168,25 +178,23 @@ class SharedNames:
         if of_directory and not inode.is_directory:
             raise FsError(errno.ENOTDIR)
         now = self._volume.runtime.now_ns()
-        (is_current,) = await self._decide(
-            [(parent, name)],
+        is_quiet = await self._decide(
+            [(parent, name, None)],
+            [parent, inode],
             m.Unlink(parent.number, parent.key.encrypt_name(name), inode.number),
             m.Touch(parent.number, now, now),
             m.Touch(inode.number, None, now),
         )
         parent.mtime_ns = parent.ctime_ns = now
         parent.nlink -= of_directory
-        self._lose_name(inode, now)
-        if is_current:
-            self._put(parent, name, None)
+        self._lose_name(inode, now, is_quiet=is_quiet)
 
-    def _lose_name(self, inode: Inode, now: int) -> None:
+    def _lose_name(self, inode: Inode, now: int, *, is_quiet: bool) -> None:
         inode.ctime_ns = now
-        inode.nlink = 0 if inode.is_directory else inode.nlink - 1
-        if inode.nlink <= 0:
-            inode.nlink = 0
-            if inode.open_count == 0:
-                self._volume.reap(inode)
+        inode.nlink = 0 if inode.is_directory else max(0, inode.nlink - 1)
+        # Counted wrongly it would be given up too early: then it is loaded again first.
+        if is_quiet and not inode.is_stale and inode.nlink == 0 and inode.open_count == 0:
+            self._volume.reap(inode)
 
     async def rename(
         self, parent_number: int, name: bytes, new_parent_number: int, new_name: bytes, flags: int
@@ -235,7 +243,10 @@ class SharedNames:
         ]  # fmt: skip
         if other is not None:
             operations.append(m.Touch(other.number, None, now))
-        is_current = await self._decide([(parent, name), (new_parent, new_name)], *operations)
+        touched = [parent, new_parent, inode, *([other] if other is not None else [])]
+        moved = Dentry(dentry_id, new_name, inode.number, dentry.kind)
+        names: list[Name] = [(parent, name, None), (new_parent, new_name, moved)]
+        is_quiet = await self._decide(names, touched, *operations)
         for changed in (parent, new_parent):
             changed.mtime_ns = changed.ctime_ns = now
         inode.ctime_ns = now
@@ -245,11 +256,7 @@ class SharedNames:
             inode.parent = new_parent.number
         if other is not None:
             new_parent.nlink -= other.is_directory
-            self._lose_name(other, now)
-        if is_current[0]:
-            self._put(parent, name, None)
-        if is_current[1]:
-            self._put(new_parent, new_name, Dentry(dentry_id, new_name, inode.number, dentry.kind))
+            self._lose_name(other, now, is_quiet=is_quiet)
 
     async def _exchange(
         self, parent_number: int, name: bytes, new_parent_number: int, new_name: bytes
@@ -265,9 +272,13 @@ class SharedNames:
         now = self._volume.runtime.now_ns()
         there, wrapped = building.wrap(self._volume, new_parent, new_name, inode)
         here, other_wrapped = building.wrap(self._volume, parent, name, other)
-        touched = {item.number: item for item in (parent, new_parent, inode, other)}
-        is_current = await self._decide(
-            [(parent, name), (new_parent, new_name)],
+        here_now = Dentry(dentry.dentry_id, name, other.number, other.kind)
+        there_now = Dentry(other_dentry.dentry_id, new_name, inode.number, inode.kind)
+        names: list[Name] = [(parent, name, here_now), (new_parent, new_name, there_now)]
+        touched = [parent, new_parent, inode, other]
+        await self._decide(
+            names,
+            touched,
             m.Exchange(
                 parent.number, here, inode.number, new_parent.number, there, other.number,
                 wrapped, other_wrapped,
@@ -278,15 +289,8 @@ class SharedNames:
             m.Touch(other.number, None, now),
         )  # fmt: skip
         inode.parent, other.parent = new_parent.number, parent.number
-        for changed in touched.values():
+        for changed in touched:
             changed.is_stale = True  # times and, of the directories, links
-        if is_current[0]:
-            self._put(parent, name, Dentry(dentry.dentry_id, name, other.number, other.kind))
-        if is_current[1]:
-            self._put(
-                new_parent, new_name,
-                Dentry(other_dentry.dentry_id, new_name, inode.number, inode.kind),
-            )  # fmt: skip
 
     async def set_attributes(self, number: int, changes: Changes) -> Inode:
         """See FileSystem; a new size is committed before this returns."""

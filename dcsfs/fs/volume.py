@@ -81,6 +81,9 @@ class Volume:
         self.is_offline = False
         """The satellite cannot be reached: what is in memory is all there is."""
         self.events_seen = 0
+        """Counts changes by others, and here: an answer asked for before one may be too old."""
+        self.loads = 0
+        """Counts answers taken over: a change that is under way may be in one already."""
         self._replayed_sequence = 0
         """While recovering: the log record that is being replayed."""
         self._replayed_xattrs: list[journal.XattrState] = []
@@ -150,8 +153,13 @@ class Volume:
             self.inodes[inode.number] = inode
             return inode
         if self.is_read_only or self.is_shared:
-            follow(known, inode)
+            self.follow(known, inode)
         return known
+
+    def follow(self, known: Inode, fresh: Inode) -> None:
+        """Take over the satellite's record of an inode."""
+        self.loads += 1
+        follow(known, fresh)
 
     @staticmethod
     def forget_name(directory: Inode, name: bytes) -> None:

@@ -515,6 +515,7 @@ class Writeback:
 
     def _finish(self, batch: Batch, prepared: Prepared, updates: list[Update]) -> None:
         """Make the committed state the base, and let the log go. No checkpoint inside."""
+        self._volume.events_seen += 1
         for operation, inode, content in updates:
             if content is None or not isinstance(operation, m.CommitContent):
                 continue

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dcsfs.fs import acl, building, journal, loader
 from dcsfs.fs.building import set_xattr
-from dcsfs.fs.direct import DirectCalls, decide_attributes, retried
+from dcsfs.fs.direct import DirectCalls, Watch, decide_attributes, retried
 from dcsfs.fs.directories import Directories
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.lease import by_lease
@@ -165,11 +165,12 @@ class SharedXattrs:
         await self._decide(inode, name, None)
 
     async def _decide(self, inode: Inode, name: bytes, value: bytes | None) -> None:
-        now, seen = self._volume.runtime.now_ns(), self._volume.events_seen
+        now, watch = self._volume.runtime.now_ns(), Watch(self._volume)
         xattrs, inode.xattrs = inode.xattrs, None  # not known until it is decided
         await self._direct.decide(set_xattr(inode, name, value), m.Touch(inode.number, None, now))
         inode.ctime_ns = now
-        if xattrs is None or self._volume.events_seen != seen:
+        if not watch.end() or xattrs is None:
+            inode.xattrs, inode.is_stale = None, True
             return
         if value is None:
             xattrs.pop(name, None)

@@ -453,3 +453,118 @@ async def test_random_schedule_on_two_mounts_matches_one_reference(tmp_path, aut
             for each in mounts:
                 for name, data in reference.items():
                     assert await content(each, name) == bytes(data), name
+
+
+class Jittery(Cuttable):
+    """Every send takes a while, another one each time."""
+
+    def __init__(self, world, seed):
+        super().__init__(world)
+        self._state = seed + 1
+
+    async def connect(self, host, port):
+        stream = await super().connect(host, port)
+        send = stream.send_all
+
+        async def slow_send(data):
+            self._state = (self._state * 6364136223846793005 + 1442695040888963407) % 2**64
+            await trio.sleep((self._state >> 40) % 50 / 1000)
+            await send(data)
+
+        stream.send_all = slow_send
+        return stream
+
+
+def view_of(inode):
+    return (inode.kind, inode.mode, inode.uid, inode.nlink, inode.size, inode.mtime_ns)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_many_tasks_on_two_mounts_leave_both_with_the_truth(tmp_path, autojump_clock, seed):
+    async with bucket_world(tmp_path, seed=seed) as world, trio.open_nursery() as nursery:
+        mounts = []
+        opened = trio.Event()
+
+        async def keep(name, number):
+            runtime = Jittery(world, 100 * seed + number)
+            options = VolumeOptions(tmp_path / name)
+            async with open_volume(
+                runtime, ConnectionPool(runtime), grant_for(world), "photos", options
+            ) as mount:
+                mounts.append(mount)
+                if len(mounts) == 2:
+                    opened.set()
+                await trio.sleep_forever()
+
+        nursery.start_soon(keep, "a", 1)
+        nursery.start_soon(keep, "b", 2)
+        await opened.wait()
+        await trio.sleep(3)
+        root = mounts[0].filesystem.root.number
+        places = [root]
+        for name in (b"d0", b"d1"):
+            made = await mounts[0].filesystem.create_node(root, name, Kind.DIRECTORY, 0o755, CALLER)
+            places.append(made.number)
+
+        async def work(mount, state):
+            def draw(count):
+                nonlocal state
+                state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+                return (state >> 33) % count
+
+            fs = mount.filesystem
+            for _ in range(25):
+                here, there = places[draw(3)], places[draw(3)]
+                name, other = b"n%d" % draw(3), b"n%d" % draw(3)
+                try:
+                    for place in places:
+                        await fs.directories.lookup(root, b"d%d" % draw(2))
+                        await fs.directories.fresh(place)
+                    match draw(7):
+                        case 0 | 1:
+                            handle, _ = await fs.create(here, name, 0o644, os.O_WRONLY, CALLER)
+                            await fs.write(handle, draw(5000), os.urandom(draw(3000) + 1))
+                            await fs.flush(handle)
+                            fs.release(handle)
+                        case 2:
+                            await fs.unlink(here, name)
+                        case 3:
+                            await fs.rename(here, name, there, other, draw(2) * RENAME_EXCHANGE)
+                        case 4:
+                            found = await fs.directories.lookup(here, name)
+                            await fs.link(found.number, there, other)
+                        case 5:
+                            found = await fs.directories.lookup(here, name)
+                            await fs.set_attributes(found.number, Changes(mode=draw(512)))
+                        case 6:
+                            found = await fs.directories.lookup(here, name)
+                            await fs.xattrs.set(found.number, b"user.a", b"%d" % draw(9))
+                except FsError as error:
+                    expected = (errno.ENOENT, errno.EEXIST, errno.ESTALE, errno.EPERM)
+                    assert error.errno in expected, error  # noqa: PT017 -- one of many
+
+        async with trio.open_nursery() as workers:
+            for number in range(8):
+                workers.start_soon(work, mounts[number % 2], 1000 * seed + number)
+        for mount in mounts:
+            await mount.drain()
+        async with mounted(world, tmp_path, "witness", read_only=True) as witness:
+            for place in places:
+                truth = await witness.filesystem.directories.read(place)
+                for mount in mounts:
+                    fs = mount.filesystem
+                    assert [(e.name, e.child) for e in await fs.directories.read(place)] == [
+                        (e.name, e.child) for e in truth
+                    ]
+                    for entry in truth:
+                        known = await fs.directories.lookup(place, entry.name)
+                        real = await witness.filesystem.directories.lookup(place, entry.name)
+                        assert view_of(known) == view_of(real)
+                        if real.kind is Kind.FILE:
+                            assert await read_file(fs, known) == await read_file(
+                                witness.filesystem, real
+                            )
+                            assert await fs.xattrs.names(
+                                known.number
+                            ) == await witness.filesystem.xattrs.names(real.number)
+        nursery.cancel_scope.cancel()
