@@ -15,7 +15,7 @@ from dcsfs.fs import acl, building, throttle
 from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.direct import DirectCalls
 from dcsfs.fs.directories import Directories
-from dcsfs.fs.errors import FsError
+from dcsfs.fs.errors import FsError, errno_of
 from dcsfs.fs.journal import DentryState
 from dcsfs.fs.lease import LeaseChanged, by_lease
 from dcsfs.fs.reader import Reader, ReadState
@@ -555,11 +555,19 @@ class FileSystem:
         inode = self._handle(handle).inode
         if self.volume.is_shared and self.shared is not None:
             await self.shared.flush(inode)
+        self._report_refusal(inode)
+
+    def _report_refusal(self, inode: Inode) -> None:
+        """EACCES or EDQUOT while the network refuses what is staged; it stays in the log."""
+        refusal = self._writeback.refusal if self._writeback is not None else None
+        if refusal is not None and (inode.layers or inode.number in self.volume.open_batch.touched):
+            raise FsError(errno_of(refusal), str(refusal))
 
     async def fsync(self, number: int) -> None:
         """Return once everything done to this file or directory is on the local disk.
 
-        With `sync=network`, once it is committed at the satellite.
+        With `sync=network`, once it is committed at the satellite. EACCES, EDQUOT when it is on
+        the disk and the network refuses it.
         """
         if self.volume.is_read_only:
             return
@@ -567,6 +575,7 @@ class FileSystem:
             await self.volume.log.sync()
         except OSError as error:
             raise FsError(errno.EIO, f"the cache disk failed: {error}") from error
+        self._report_refusal(self.volume.get(number))
         if self.sync_to_network:
             assert self._writeback is not None
             await self._writeback.drain()

@@ -25,7 +25,15 @@ from dcsfs.uplink.packing import PlannedExtent, PlannedSegment, pack_extents
 from network import extentmap
 from network import messages as m
 from network.codec import pack
-from network.errors import DcsError, PreconditionFailed, Unavailable, error_from_wire
+from network.errors import (
+    DcsError,
+    PermissionDenied,
+    PreconditionFailed,
+    QuotaExceeded,
+    Unauthenticated,
+    Unavailable,
+    error_from_wire,
+)
 from network.extentmap import Row
 from network.ids import ExtentID, Hash
 from network.limits import (
@@ -84,6 +92,8 @@ class Writeback:
         self._uploading: set[int] = set()
         self._progress = trio.Event()
         self.last_error = ""
+        self.refusal: DcsError | None = None
+        """Why the network will not take what is staged until somebody does something about it."""
         self.flushed_batches = 0
         self.drain_rate = DrainRate()
 
@@ -146,6 +156,8 @@ class Writeback:
 
     async def _back_off(self, error: Exception, delay: float) -> None:
         self.last_error = str(error)
+        if isinstance(error, PermissionDenied | Unauthenticated | QuotaExceeded):
+            self.refusal = error
         log.warning("flush failed, data stays safe in the local log: %s", error)
         self._announce()
         retry = self._retry
@@ -183,7 +195,7 @@ class Writeback:
                 continue
             self.flushed_batches += 1
             self.drain_rate.note(batch.data_bytes, trio.current_time())
-            self.last_error, delay = "", RETRY_FIRST_S
+            self.last_error, self.refusal, delay = "", None, RETRY_FIRST_S
             self._announce()
 
     async def _settled(self, batch: Batch, refused: Refused) -> bool:
@@ -238,9 +250,12 @@ class Writeback:
         await self._progress.wait()
 
     async def commit_inode(self, inode: Inode) -> None:
-        """Return once what is staged of an inode's content is committed; the caller may cancel."""
+        """Return once what is staged of an inode's content is committed, or the network refuses it.
+
+        Waits as long as that takes; the caller may cancel.
+        """
         layers = list(inode.layers)
-        while any(layer in inode.layers for layer in layers):
+        while self.refusal is None and any(layer in inode.layers for layer in layers):
             self.demand()
             progress = self._progress
             with trio.move_on_after(1.0):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
@@ -188,3 +189,35 @@ async def test_export_of_what_cannot_be_uploaded(tmp_path, autojump_clock):
             inode = await mount.filesystem.directories.lookup(root, b"patched")
             content = await read_file(mount.filesystem, inode)
             assert content == old[:5000] + b"middle" + old[5006:]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_revoked_grant_is_reported_at_fsync_and_close_and_nothing_is_lost(
+    tmp_path, autojump_clock, is_shared
+):
+    def revoke(flag):
+        return lambda tx: tx.execute("UPDATE api_key SET revoked=?", (flag,))
+
+    async with bucket_world(tmp_path) as world, AsyncExitStack() as stack:
+        mount = await stack.enter_async_context(mounted(world, tmp_path))
+        if is_shared:
+            await stack.enter_async_context(mounted(world, tmp_path, "other"))
+        fs = mount.filesystem
+        handle, inode = await fs.create(fs.root.number, b"f", 0o644, os.O_WRONLY, CALLER)
+        await fs.write(handle, 0, b"kept")
+        await world.database.write(revoke(1))
+        mount.writeback.demand()
+        with trio.fail_after(60):
+            while mount.writeback.refusal is None:
+                await mount.writeback.next_progress()
+        for operation in (lambda: fs.fsync(inode.number), lambda: fs.flush(handle)):
+            with pytest.raises(FsError, match="revoked") as caught:
+                await operation()
+            assert caught.value.errno == errno.EACCES
+        assert inode.layers  # it is staged as before
+        await world.database.write(revoke(0))
+        await mount.writeback.drain()
+        await fs.fsync(inode.number)
+        await fs.flush(handle)
+        fs.release(handle)
+        assert await read_file(fs, inode) == b"kept"
