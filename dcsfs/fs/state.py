@@ -190,7 +190,12 @@ _CLEAN_FIELDS = (
 
 
 def follow(known: Inode, fresh: Inode) -> None:
-    """Take over the satellite's record of an inode; what is staged stays on top of it."""
+    """Take over the satellite's record of an inode; what is staged stays on top of it.
+
+    Answers may overtake each other: one that is older than what is known changes nothing.
+    """
+    if fresh.content_version < known.content_version:
+        return
     if known.content_version != fresh.content_version:
         if known.layers and known.base is None:
             known.base = Base(known.rows, known.placements, known.committed_size)

@@ -534,7 +534,8 @@ class Writeback:
         for operation, inode, content in updates:
             if content is None or not isinstance(operation, m.CommitContent):
                 continue
-            if inode.content_version != operation.expected_version:
+            if inode.content_version != operation.expected_version or inode.rows is None:
+                inode.is_stale = True
                 continue  # the satellite's word of this commit, or a later one, came in before
             for extent in content.extents:
                 inode.placements[extent.extent_id] = prepared.placements[extent.extent_id]
