@@ -10,7 +10,7 @@ from dcsfs.fs.volume import Volume
 from dcsfs.keys import InodeKey, Place, Sealed
 from network import messages as m
 from network.extentmap import EMPTY_MAP_ROOT
-from network.limits import FILE_BYTES_MAX
+from network.limits import FILE_BYTES_MAX, SYMLINK_BYTES_MAX
 from network.messages import Kind
 
 RENAME_NOREPLACE = 1
@@ -59,7 +59,14 @@ def new_child(
     rdev: int = 0,
     target: bytes = b"",
 ) -> NewChild:
-    """An inode with fresh numbers and key; group and bits as a set-group-ID parent says."""
+    """An inode with fresh numbers and key; group and bits as a set-group-ID parent says.
+
+    ENOENT, ENAMETOOLONG for a symbolic link's target.
+    """
+    if kind is Kind.SYMLINK and not target:
+        raise FsError(errno.ENOENT)
+    if len(target) >= SYMLINK_BYTES_MAX:
+        raise FsError(errno.ENAMETOOLONG)
     now = volume.runtime.now_ns()
     gid = caller.gid
     if parent.mode & 0o2000:

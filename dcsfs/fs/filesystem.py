@@ -28,7 +28,6 @@ from network import messages as m
 from network.limits import (
     CACHE_SPACE_DEADLINE_S,
     FILE_BYTES_MAX,
-    SYMLINK_BYTES_MAX,
 )
 from network.messages import Kind
 
@@ -68,7 +67,9 @@ class FileSystem:
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
         self.directories = Directories(volume)
-        self.xattrs = Xattrs(volume, self.directories, direct, self._prepare_change)
+        self.xattrs = Xattrs(
+            volume, self.directories, direct, self.check_writable, self._prepare_change
+        )
         self.shared: SharedNames | None = None
         """Stands in for the methods that are `by_lease`; None on a read-only mount."""
         if writeback is not None and direct is not None:
@@ -96,7 +97,8 @@ class FileSystem:
         if inode.lookup_count <= 0 and inode.is_reaped and inode.open_count == 0:
             del self.volume.inodes[number]
 
-    def _require_writable(self) -> None:
+    def check_writable(self) -> None:
+        """EROFS on a read-only mount, and after the cache disk has failed."""
         if self.is_read_only or self.volume.is_read_only:
             raise FsError(errno.EROFS)
         if self.volume.log.failure is not None:
@@ -104,7 +106,7 @@ class FileSystem:
 
     async def _prepare_change(self, count: int) -> None:
         """Refuse on a read-only mount, then have room for `count` bytes in the log."""
-        self._require_writable()
+        self.check_writable()
         await self._wait_for_room(count)
 
     async def start(self) -> None:
@@ -209,13 +211,8 @@ class FileSystem:
 
         The parent's default access list decides on the mode if there is one, else the umask.
         """
-        self._require_writable()
+        self.check_writable()
         parent = await self.directories.fresh_directory(parent_number)
-        if kind is Kind.SYMLINK:
-            if not target:
-                raise FsError(errno.ENOENT)
-            if len(target) >= SYMLINK_BYTES_MAX:
-                raise FsError(errno.ENAMETOOLONG)
         await self.directories.learn(parent, name)
         default: acl.Acl = ()
         if kind is not Kind.SYMLINK:
@@ -237,7 +234,7 @@ class FileSystem:
     @by_lease
     async def link(self, number: int, parent_number: int, name: bytes) -> Inode:
         """Add a name to a file; EPERM for a directory."""
-        self._require_writable()
+        self.check_writable()
         inode = await self.directories.fresh(number)
         parent = await self.directories.fresh_directory(parent_number)
         if inode.is_directory:
@@ -265,7 +262,7 @@ class FileSystem:
     @by_lease
     async def unlink(self, parent_number: int, name: bytes) -> None:
         """Remove a name; EISDIR for a directory."""
-        self._require_writable()
+        self.check_writable()
         parent = await self.directories.fresh_directory(parent_number)
         await self.directories.learn(parent, name)
         await self._wait_for_room(4096)
@@ -277,7 +274,7 @@ class FileSystem:
     @by_lease
     async def rmdir(self, parent_number: int, name: bytes) -> None:
         """Remove an empty directory; ENOTDIR, ENOTEMPTY."""
-        self._require_writable()
+        self.check_writable()
         parent = await self.directories.fresh_directory(parent_number)
         await self.directories.learn(parent, name)
         _, inode = self.directories.child(parent, name)
@@ -322,7 +319,7 @@ class FileSystem:
         self, parent_number: int, name: bytes, new_parent_number: int, new_name: bytes, flags: int
     ) -> None:
         """Rename, with NOREPLACE or EXCHANGE; EINVAL for other flags."""
-        self._require_writable()
+        self.check_writable()
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
         parent = await self.directories.fresh_directory(parent_number)
@@ -452,7 +449,7 @@ class FileSystem:
     @by_lease
     async def set_attributes(self, number: int, changes: Changes) -> Inode:
         """chmod, chown, truncate, utimens. Permission is the kernel's business."""
-        self._require_writable()
+        self.check_writable()
         inode = await self.directories.fresh(number)
         access: acl.Acl = ()
         if changes.mode is not None:
@@ -480,7 +477,7 @@ class FileSystem:
         if inode.is_directory:
             raise FsError(errno.EISDIR)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
-            self._require_writable()
+            self.check_writable()
         if flags & os.O_TRUNC and inode.size:
             await self._wait_for_room(4096, needs_lease=False)
             self.volume.truncate(inode, 0, self._now())
@@ -526,7 +523,7 @@ class FileSystem:
     async def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         """Stage bytes locally; durable after `fsync`. ENOSPC when log and network are full."""
         inode = self._handle(handle).inode
-        self._require_writable()
+        self.check_writable()
         if not data:
             return 0
         if offset + len(data) > FILE_BYTES_MAX:

@@ -19,6 +19,9 @@ class _TwoWays(Protocol):
     def volume(self) -> Volume:
         """Whose lease counts."""
 
+    def check_writable(self) -> None:
+        """Raise FsError on a read-only mount, and after its cache disk has failed."""
+
     @property
     def shared(self) -> object:
         """Has a method of the same name for each that is decorated."""
@@ -34,6 +37,7 @@ def by_lease(
 
     @functools.wraps(alone)
     async def change(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.check_writable()
         while True:
             try:
                 if not self.volume.is_shared:

@@ -27,9 +27,11 @@ class Xattrs:
         volume: Volume,
         directories: Directories,
         direct: DirectCalls | None,
+        check_writable: Callable[[], None],
         prepare_change: Callable[[int], Awaitable[None]],
     ) -> None:
         self.volume = volume
+        self.check_writable = check_writable
         self._directories = directories
         self._prepare_change = prepare_change
         self.shared = SharedXattrs(self, direct) if direct is not None else None

@@ -221,3 +221,26 @@ async def test_revoked_grant_is_reported_at_fsync_and_close_and_nothing_is_lost(
         await fs.flush(handle)
         fs.release(handle)
         assert await read_file(fs, inode) == b"kept"
+
+
+async def test_shared_mount_is_read_only_too_when_its_disk_has_failed(tmp_path, autojump_clock):
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as mount,
+        mounted(world, tmp_path, "other"),
+    ):
+        fs, root = mount.filesystem, mount.filesystem.root.number
+        for target, code in ((b"", errno.ENOENT), (b"x" * 4096, errno.ENAMETOOLONG)):
+            with pytest.raises(FsError) as caught:
+                await fs.create_node(root, b"s", Kind.SYMLINK, 0o777, CALLER, target=target)
+            assert caught.value.errno == code
+        inode = await write_file(fs, root, b"f", b"x")
+        mount.volume.log.failure = OSError(errno.EIO, "broken")
+        for change in (
+            lambda: fs.create_node(root, b"g", Kind.FILE, 0o644, CALLER),
+            lambda: fs.unlink(root, b"f"),
+            lambda: fs.xattrs.set(inode.number, b"user.a", b"1"),
+        ):
+            with pytest.raises(FsError) as caught:
+                await change()
+            assert caught.value.errno == errno.EROFS
