@@ -234,12 +234,16 @@ class CommitContent:
 
 @dataclass(frozen=True, slots=True)
 class SetXattr:
-    """Set an encrypted extended attribute, or remove it when `value` is None."""
+    """Set an encrypted extended attribute, or remove it when `value` is None.
+
+    PreconditionFailed unless it is there already, or not, as `was_there` says (None: either).
+    """
 
     TAG: ClassVar[int] = 8
     inode: int
     name: EncryptedName
     value: Annotated[bytes, Max(XATTR_VALUE_BYTES_MAX + 64)] | None
+    was_there: bool | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,13 +111,15 @@ def set_attributes(volume: Volume, inode: Inode, attributes: m.Attributes) -> m.
     return m.SetAttributes(inode.number, attributes, seal, inode.seal)
 
 
-def set_xattr(inode: Inode, name: bytes, value: bytes | None) -> m.SetXattr:
-    """Set an extended attribute, or remove it."""
+def set_xattr(
+    inode: Inode, name: bytes, value: bytes | None, *, was_there: bool | None = None
+) -> m.SetXattr:
+    """Set an extended attribute, or remove it; `was_there` is the satellite's precondition."""
     encrypted = inode.key.encrypt_xattr_name(name)
     if value is None:
-        return m.SetXattr(inode.number, encrypted, None)
+        return m.SetXattr(inode.number, encrypted, None, was_there)
     sealed = inode.key.encrypt_xattr_value(inode.number, encrypted, value)
-    return m.SetXattr(inode.number, encrypted, sealed)
+    return m.SetXattr(inode.number, encrypted, sealed, was_there)
 
 
 def changed_attributes(inode: Inode, changes: Changes, now: int) -> m.Attributes:

@@ -153,11 +153,17 @@ class SharedXattrs:
     async def set(self, number: int, name: bytes, value: bytes, flags: int = 0) -> None:
         """See Xattrs."""
         check_new(name, value)
-        inode, xattrs = await self._xattrs.load(number)
-        check_flags(xattrs, name, flags)
-        if name not in xattrs and len(xattrs) >= XATTRS_PER_INODE_MAX:
-            raise FsError(errno.ENOSPC)
-        await self._decide(inode, name, value)
+        # The flags say what must be there; without one, whoever comes last wins.
+        was_there = bool(flags & XATTR_REPLACE) if flags else None
+
+        async def change() -> None:
+            inode, xattrs = await self._xattrs.load(number)
+            check_flags(xattrs, name, flags)
+            if name not in xattrs and len(xattrs) >= XATTRS_PER_INODE_MAX:
+                raise FsError(errno.ENOSPC)
+            await self._decide(inode, name, value, was_there)
+
+        await retried(change)
 
     async def remove(self, number: int, name: bytes) -> None:
         """See Xattrs."""
@@ -166,10 +172,13 @@ class SharedXattrs:
             raise FsError(errno.ENODATA)
         await self._decide(inode, name, None)
 
-    async def _decide(self, inode: Inode, name: bytes, value: bytes | None) -> None:
+    async def _decide(
+        self, inode: Inode, name: bytes, value: bytes | None, was_there: bool | None = None
+    ) -> None:
         now, watch = self._volume.runtime.now_ns(), Watch(self._volume)
         xattrs, inode.xattrs = inode.xattrs, None  # not known until it is decided
-        await self._direct.decide(set_xattr(inode, name, value), m.Touch(inode.number, None, now))
+        operation = set_xattr(inode, name, value, was_there=was_there)
+        await self._direct.decide(operation, m.Touch(inode.number, None, now))
         inode.ctime_ns = now
         if not watch.end() or xattrs is None:
             inode.xattrs, inode.is_stale = None, True

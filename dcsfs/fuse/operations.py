@@ -17,6 +17,7 @@ from dcsfs.fs.building import Caller, Changes
 from dcsfs.fs.errors import FsError, errno_of
 from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, FileSystem
 from dcsfs.fs.state import Inode
+from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 from network.errors import DcsError
 from network.limits import CACHE_SPACE_DEADLINE_S, NAME_BYTES_MAX, UNCACHED_READ_DEADLINE_S
 from network.messages import Kind
@@ -67,6 +68,8 @@ class DcsOperations(pyfuse3.Operations):
         self._fs = filesystem
         self.enable_writeback_cache = writeback_cache
         self.deadline_s = HANDLER_DEADLINE_S
+        self._probe: tuple[object, bool] = (None, False)
+        """The context of the last getxattr, and whether the attribute was there."""
         self.recent_errors: list[str] = []
 
     def note_error(self, name: str, error: BaseException) -> None:
@@ -334,17 +337,34 @@ class DcsOperations(pyfuse3.Operations):
         """Set an extended attribute or an access control list."""
         number = self._number(inode)
         if name not in (acl.ACCESS, acl.DEFAULT):
-            await self._fs.xattrs.set(number, name, value)
+            await self._fs.xattrs.set(number, name, value, self._flags_of(ctx))
             return
         # The kernel asks for this with a flag that pyfuse3 does not hand on (setxattr(2), ACLs).
         groups = {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)} if ctx.uid else set()
         is_stranger = bool(ctx.uid) and self._fs.inode(number).gid not in groups
         await self._fs.xattrs.set_acl(number, name, value, clears_setgid=is_stranger)
 
+    def _flags_of(self, ctx: pyfuse3.RequestContext) -> int:
+        """XATTR_CREATE, XATTR_REPLACE or 0 of the setxattr that has this context.
+
+        pyfuse3 hands no flags on: it asks getxattr first, with the same context object, and goes
+        on, without a checkpoint in between, when the answer suits the flag.
+        """
+        asked_by, was_there = self._probe
+        if asked_by is not ctx:
+            return 0
+        return XATTR_REPLACE if was_there else XATTR_CREATE
+
     @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Read an extended attribute."""
-        return await self._fs.xattrs.get(self._number(inode), name)
+        try:
+            value = await self._fs.xattrs.get(self._number(inode), name)
+        except FsError:
+            self._probe = (ctx, False)
+            raise
+        self._probe = (ctx, True)
+        return value
 
     @guarded
     async def listxattr(

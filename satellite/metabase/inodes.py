@@ -125,7 +125,9 @@ def apply_set_xattr(tx: Transaction, bucket_id: int, op: SetXattr) -> None:
     """SetXattr; removing what is not there succeeds, so that replays do."""
     get(tx, bucket_id, op.inode)
     key = (bucket_id, op.inode, op.name)
-    tx.execute("DELETE FROM xattr WHERE bucket_id=? AND inode=? AND name=?", key)
+    removed = tx.execute("DELETE FROM xattr WHERE bucket_id=? AND inode=? AND name=?", key)
+    if op.was_there is not None and op.was_there != bool(removed):
+        raise PreconditionFailed("another session has set or removed the attribute")
     if op.value is not None:
         tx.execute("INSERT INTO xattr VALUES (?,?,?,?)", (*key, op.value))
 

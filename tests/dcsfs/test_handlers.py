@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from dcsfs.fs.errors import FsError
+from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 from dcsfs.fuse.operations import DcsOperations
 from network.errors import Internal, TooFewShares, Unavailable
 
@@ -108,3 +109,31 @@ async def test_no_handler_outlives_its_deadline(autojump_clock):
         with pytest.raises(pyfuse3.FUSEError):
             await handler(*arguments)
         assert trio.current_time() - started <= operations.deadline_s
+
+
+async def test_flags_of_setxattr_are_told_from_the_question_before():
+    """pyfuse3 asks getxattr with the same context first when there is a flag."""
+    seen = []
+
+    class Attributes:
+        async def get(self, number, name):
+            if name == b"user.absent":
+                raise FsError(errno.ENODATA)
+            return b"there"
+
+        async def set(self, number, name, value, flags):
+            seen.append(flags)
+
+    class Known:
+        xattrs = Attributes()
+        root = type("Root", (), {"number": 7})
+
+    operations = DcsOperations(Known(), writeback_cache=False)
+    create, replace, plain = (pyfuse3.RequestContext() for _ in range(3))
+    with pytest.raises(pyfuse3.FUSEError):
+        await operations.getxattr(1, b"user.absent", create)
+    await operations.setxattr(1, b"user.absent", b"v", create)
+    await operations.getxattr(1, b"user.there", replace)
+    await operations.setxattr(1, b"user.there", b"v", replace)
+    await operations.setxattr(1, b"user.there", b"v", plain)
+    assert seen == [XATTR_CREATE, XATTR_REPLACE, 0]

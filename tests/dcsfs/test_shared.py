@@ -10,6 +10,7 @@ import trio
 from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.mounted import VolumeOptions, close_session, open_volume
+from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 from network.errors import BucketBusy, InvalidArgument, Unavailable
 from network.messages import Kind
 from network.rpc import ConnectionPool
@@ -197,6 +198,38 @@ async def test_changes_are_seen_by_the_other_mount_at_once(tmp_path, autojump_cl
         await b.rmdir(root, b"d")
         assert await names(m1) == [b"h"]
         assert (await a.directories.fresh(root)).nlink == 2
+
+
+async def test_one_of_many_creates_an_attribute(tmp_path, autojump_clock):
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as m1,
+        mounted(world, tmp_path, "other") as m2,
+    ):
+        inode = await save(m1, b"f", b"content")
+        for mount in (m1, m2):
+            await mount.filesystem.directories.lookup(m1.filesystem.root.number, b"f")
+        outcomes = []
+
+        async def attempt(mount, name, flags):
+            try:
+                await mount.filesystem.xattrs.set(inode.number, name, b"x", flags)
+                outcomes.append((name, "done"))
+            except FsError as error:
+                outcomes.append((name, errno.errorcode[error.errno]))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                for mount in (m1, m2, m1):
+                    nursery.start_soon(attempt, mount, b"user.%d" % number, XATTR_CREATE)
+        for number in range(20):
+            found = sorted(result for name, result in outcomes if name == b"user.%d" % number)
+            assert found == ["EEXIST", "EEXIST", "done"]
+        await m2.filesystem.xattrs.remove(inode.number, b"user.0")
+        outcomes.clear()
+        await attempt(m1, b"user.0", XATTR_REPLACE)
+        await attempt(m1, b"user.1", XATTR_REPLACE)
+        assert [result for _, result in outcomes] == ["ENODATA", "done"]
 
 
 async def test_one_of_many_wins_exclusive_creation(tmp_path, autojump_clock):
