@@ -62,6 +62,8 @@ FILE_BYTES_MAX = 2**62
 APPLY_OPERATIONS_MAX = 16384
 LIST_PAGE_ENTRIES_MAX = 4096
 MAP_PAGE_ROWS_MAX = 16384
+PATH_PAGE_ENTRIES_MAX = 64  # levels of the tree in one answer to FIND_PATH
+PATH_LEVELS_MAX = 4096  # Linux takes no longer path; deeper is a satellite that leads in circles
 LOCATE_SEGMENTS_MAX = 64
 INODE_GRANT_COUNT = 1 << 24  # enough to create for weeks while the satellite is away
 

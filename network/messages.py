@@ -29,6 +29,7 @@ from network.limits import (
     MACAROON_BYTES_MAX,
     MAP_PAGE_ROWS_MAX,
     OPEN_SESSION_DEADLINE_S,
+    PATH_PAGE_ENTRIES_MAX,
     PIECES_PER_SEGMENT_MAX,
     SYMLINK_BYTES_MAX,
     XATTR_VALUE_BYTES_MAX,
@@ -494,6 +495,24 @@ class ListResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class PathStep:
+    """One of an inode's dentries and the directory it stands in."""
+
+    parent: int
+    entry: EntryRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PathResponse:
+    """Steps from an inode upwards: each one's parent is the next one's inode.
+
+    Ends at the root, or at the page's limit: ask again for the last parent.
+    """
+
+    steps: Annotated[tuple[PathStep, ...], Max(PATH_PAGE_ENTRIES_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
 class MapRequest:
     """A page of a file's extent map from a file offset on."""
 
@@ -747,6 +766,7 @@ GET_INLINE = Method(32, InlineRequest, InlineResponse)
 REPORT_NODE = Method(33, ReportNodeRequest, Empty)
 CHECK_IN = Method(34, CheckInRequest, CheckInResponse)
 SATELLITE_STATUS = Method(35, Empty, SatelliteStatus)
+FIND_PATH = Method(38, InodeRequest, PathResponse)
 
 PUT_PIECE = Method(64, PutPieceRequest, StreamEnd, 600.0)
 GET_PIECE = Method(65, GetPieceRequest, StreamEnd, 600.0)

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import logging
+import os
+import re
 import resource
 import signal
 import sys
@@ -68,6 +70,12 @@ def shield_from_memory_pressure() -> None:
         log.info("OOM score stays as it is: %s", error)
     if ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
         log.info("the IO flusher flag is not allowed here")
+
+
+def kernel_version() -> tuple[int, int]:
+    """The running Linux kernel's major and minor version; (0, 0) if its release says none."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 async def until_signalled(main: Callable[[], Awaitable[None]]) -> None:

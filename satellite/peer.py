@@ -65,6 +65,7 @@ class Satellite:
             (m.LOOKUP, self._lookup),
             (m.GET_INODE, self._get_inode),
             (m.LIST_DIRECTORY, self._list_directory),
+            (m.FIND_PATH, self._find_path),
             (m.GET_MAP, self._get_map),
             (m.GET_XATTRS, self._get_xattrs),
             (coherence.SUBSCRIBE, self._subscribe),
@@ -267,6 +268,12 @@ class Satellite:
             r.api_key,
             r.bucket,
             lambda tx, b: dentries.list_page(tx, b, r.parent, r.after, r.limit),
+        )
+
+    async def _find_path(self, call: Call[m.InodeRequest]) -> m.PathResponse:
+        r = call.request
+        return self._read_bucket(
+            r.api_key, r.bucket, lambda tx, b: dentries.find_path(tx, b, r.inode)
         )
 
     async def _get_map(self, call: Call[m.MapRequest]) -> m.MapResponse:

@@ -6,6 +6,8 @@ read-only one asks again.
 """
 
 import errno
+from bisect import bisect_right
+from collections.abc import Sequence
 
 from dcsfs import keys
 from dcsfs.fs import loader
@@ -14,11 +16,16 @@ from dcsfs.fs.state import Dentry, Inode
 from dcsfs.fs.volume import Volume
 from network import messages as m
 from network.errors import NotFound
+from network.limits import FILE_BYTES_MAX, LIST_PAGE_ENTRIES_MAX
 
 LOOKUPS_BEFORE_LISTING = 2
 """A directory in use is listed whole: further names, and new ones, then need no satellite."""
 TRIES_MAX = 5
 """Answers that a change by others has overtaken; then the last one is used and not kept."""
+LISTED_ENTRIES_MAX = 65_536
+"""A directory with more is not listed whole: 100 bytes and more for each name."""
+PAGE_ENTRIES = 1024
+"""Entries looked at for one request of the kernel: more than fit in its answer."""
 
 
 class Directories:
@@ -74,14 +81,15 @@ class Directories:
             dentry = parent.children.get(name)
             if dentry is None:
                 return
-            if dentry.child in volume.inodes:
+            if volume.has(dentry.child):
                 await self.fresh(dentry.child)
                 return
-        if volume.is_trusted and not parent.is_complete:
+        if volume.is_trusted and not parent.is_complete and not parent.is_large:
             parent.lookups_sent += 1
             if parent.lookups_sent > LOOKUPS_BEFORE_LISTING:
                 await self.complete(parent)
-                return
+                if self._is_known(parent, name):
+                    return
         for _ in range(TRIES_MAX):
             if await self._look_up(parent, name):
                 return
@@ -120,6 +128,18 @@ class Directories:
         if self._volume.is_shared:
             adopted.is_stale = self._volume.events_seen != seen
 
+    def is_at_hand(self, parent: Inode, name: bytes) -> bool:
+        """Whether a name's absence, or its presence and inode, are in memory."""
+        dentry = parent.children.get(name)
+        if dentry is not None:
+            return self._volume.has(dentry.child)
+        return self._is_known(parent, name)
+
+    def child_in_memory(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode of a name as it is in memory; None if there is none."""
+        dentry = parent.children.get(name)
+        return self._volume.get(dentry.child) if dentry is not None else None
+
     def child(self, parent: Inode, name: bytes) -> tuple[Dentry, Inode]:
         """A name that has been learned; ENOENT."""
         dentry = parent.children.get(name)
@@ -129,17 +149,19 @@ class Directories:
 
     async def lookup(self, parent_number: int, name: bytes) -> Inode:
         """Find a name; ENOENT."""
-        parent = self.get(parent_number)
         if name == b".":
             return await self.fresh(parent_number)
+        parent = self.get(parent_number)
         if name == b"..":
             return await self.fresh(parent.parent)
         await self.learn(parent, name)
         return self.child(parent, name)[1]
 
     async def complete(self, directory: Inode) -> None:
-        """Have all entries of a directory in memory."""
+        """Have all entries of a directory in memory, unless it is large."""
         for _ in range(TRIES_MAX):
+            if directory.is_large:
+                return
             if directory.is_complete and self._volume.is_trusted:
                 for name in list(directory.unknown)[:TRIES_MAX]:
                     await self._look_up(directory, name)
@@ -152,7 +174,15 @@ class Directories:
         """List the directory; False if others have changed names meanwhile."""
         volume = self._volume
         seen, changes = volume.events_seen, directory.name_changes
-        found = await loader.list_directory(volume.client, directory)
+        found: list[tuple[Dentry, Inode]] = []
+        after, more = 0, True
+        while more:
+            page, more = await self._page(directory, after, LIST_PAGE_ENTRIES_MAX)
+            found += page
+            if more and len(found) >= LISTED_ENTRIES_MAX:
+                directory.is_large = True
+                return True
+            after = found[-1][0].dentry_id if found else 0
         is_current = directory.name_changes == changes
         if volume.is_read_only or volume.is_shared:
             volume.forget_names(directory)
@@ -164,11 +194,149 @@ class Directories:
         directory.is_complete = is_current
         return is_current
 
+    async def _page(
+        self, directory: Inode, after: int, limit: int
+    ) -> tuple[list[tuple[Dentry, Inode]], bool]:
+        return await loader.list_page(self._volume.client, directory, after, limit)
+
+    async def is_empty(self, directory: Inode) -> bool:
+        """Whether a directory has no entries; sure until the next checkpoint."""
+        await self.complete(directory)
+        after, more = 0, directory.is_large
+        while more and not directory.children:
+            page, more = await self._page(directory, after, LIST_PAGE_ENTRIES_MAX)
+            if any(dentry.name not in directory.absent for dentry, _ in page):
+                return False
+            after = page[-1][0].dentry_id if page else 0
+        return not directory.children
+
+    async def page_of(self, directory: Inode, after: int) -> tuple[list[Dentry], int]:
+        """Entries of a large directory after a dentry id, and how far they reach.
+
+        At the end that is FILE_BYTES_MAX. Changes made here and not committed are part of it.
+        """
+        volume = self._volume
+        seen = volume.events_seen
+        page, more = await self._page(directory, after, PAGE_ENTRIES)
+        end = page[-1][0].dentry_id if more else FILE_BYTES_MAX
+        found: dict[int, Dentry] = {}
+        is_ours = not (volume.is_read_only or volume.is_shared)
+        if is_ours:
+            found = {
+                dentry.dentry_id: dentry
+                for dentry in directory.children.values()
+                if after < dentry.dentry_id <= end
+            }
+        for dentry, inode in page:
+            known = directory.children.get(dentry.name, dentry)
+            if is_ours and (dentry.name in directory.absent or known.dentry_id != dentry.dentry_id):
+                continue  # removed or moved here
+            self._adopt(inode, seen)
+            directory.children.setdefault(dentry.name, dentry)
+            found[dentry.dentry_id] = dentry
+        return [found[number] for number in sorted(found)], end
+
+    async def load_children(self, directory: Inode, dentries: Sequence[Dentry]) -> None:
+        """Have the inodes of these consecutive entries in memory, as far as they still exist."""
+        volume = self._volume
+        missing = [d for d in dentries if not volume.has(d.child)]
+        while missing:
+            seen = volume.events_seen
+            page, more = await self._page(
+                directory, missing[0].dentry_id - 1, LIST_PAGE_ENTRIES_MAX
+            )
+            for _, inode in page:
+                if not volume.has(inode.number):
+                    self._adopt(inode, seen)
+            end = page[-1][0].dentry_id if more else FILE_BYTES_MAX
+            missing = [d for d in missing if d.dentry_id > end and not volume.has(d.child)]
+
     async def read(self, number: int) -> list[Dentry]:
-        """All entries in dentry id order; the id is the cookie."""
+        """All entries in dentry id order, with their inodes in memory; ENOTDIR.
+
+        For directories of any size; a program that reads page by page is given a `Scan`.
+        """
+        scan = Scan(self, number)
+        found: list[Dentry] = []
+        after, page = 0, await scan.after(0)
+        while page:
+            found += [
+                Dentry(cookie, name, inode.number, inode.kind) for cookie, name, inode in page
+            ]
+            after = found[-1].dentry_id
+            page = await scan.after(after)
+        return found
+
+    async def list_all(self, number: int) -> list[Dentry] | None:
+        """All entries in dentry id order from memory; None for a large directory. ENOTDIR."""
         directory = await self.fresh(number)
         if not directory.is_directory:
             raise FsError(errno.ENOTDIR)
         if directory.nlink:
             await self.complete(directory)
+        if directory.is_large:
+            return None
         return sorted(directory.children.values(), key=lambda item: item.dentry_id)
+
+
+class Scan:
+    """One open directory being read from cookie to cookie; the cookie is the dentry id.
+
+    Each name that is there from the first page to the last is shown exactly once, also when its
+    file is replaced meanwhile; removed ones are not shown any more, new ones are at the end.
+    """
+
+    def __init__(self, directories: Directories, number: int) -> None:
+        self._directories = directories
+        self.number = number
+        self._entries: list[Dentry] | None = None
+        self._names: set[bytes] = set()
+
+    async def after(self, cookie: int) -> list[tuple[int, bytes, Inode]]:
+        """(cookie, name, inode) of the entries after a cookie, about a page; empty at the end.
+
+        The inodes are in memory until the next checkpoint. Raises what loading them raises.
+        """
+        if self._entries is None or cookie == 0:
+            self._entries, self._names = await self._directories.list_all(self.number), set()
+        while True:
+            if self._entries is None:
+                page, end = await self._page_of_large(cookie)
+            else:
+                page, end = await self._page_of_listed(self._entries, cookie)
+            found = await self._resolve(page)
+            if found or (not page and end == FILE_BYTES_MAX):
+                return found
+            cookie = end if end < FILE_BYTES_MAX else page[-1].dentry_id
+
+    async def _page_of_large(self, cookie: int) -> tuple[list[Dentry], int]:
+        directory = await self._directories.fresh(self.number)
+        return await self._directories.page_of(directory, cookie)
+
+    async def _page_of_listed(self, entries: list[Dentry], cookie: int) -> tuple[list[Dentry], int]:
+        first = bisect_right(entries, cookie, key=lambda item: item.dentry_id)
+        page = entries[first : first + PAGE_ENTRIES]
+        if page:
+            return page, page[-1].dentry_id
+        # What has been added since; a name that was shown already has another file now.
+        now = await self._directories.list_all(self.number) or []
+        self._names = self._names or {entry.name for entry in entries}
+        added = [e for e in now if e.dentry_id > cookie and e.name not in self._names]
+        self._names.update(entry.name for entry in added)
+        entries += added
+        return added[:PAGE_ENTRIES], FILE_BYTES_MAX
+
+    async def _resolve(self, page: list[Dentry]) -> list[tuple[int, bytes, Inode]]:
+        """What the names stand for now, without those that are gone."""
+        directories = self._directories
+        directory = await directories.fresh(self.number)
+        await directories.load_children(directory, page)
+        for entry in page:
+            if not directories.is_at_hand(directory, entry.name):
+                await directories.learn(directory, entry.name)
+        found = []
+        for entry in page:
+            inode = directories.child_in_memory(directory, entry.name)
+            if inode is not None:
+                found.append((entry.dentry_id, entry.name, inode))
+        return found

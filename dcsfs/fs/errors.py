@@ -14,6 +14,14 @@ class FsError(Exception):
         self.errno = code
 
 
+class NotInMemory(FsError):
+    """ESTALE for an inode that may exist: it can be loaded again by its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(errno.ESTALE, f"inode {number}")
+        self.number = number
+
+
 _TABLE: dict[type[e.DcsError], int] = {
     e.Unauthenticated: errno.EACCES,
     e.PermissionDenied: errno.EACCES,

@@ -19,6 +19,7 @@ from dcsfs.fs.errors import FsError, errno_of
 from dcsfs.fs.journal import DentryState
 from dcsfs.fs.lease import LeaseChanged, by_lease
 from dcsfs.fs.reader import Reader, ReadState
+from dcsfs.fs.residence import Residence
 from dcsfs.fs.shared import SharedNames
 from dcsfs.fs.state import Dentry, Inode
 from dcsfs.fs.volume import Volume
@@ -67,6 +68,7 @@ class FileSystem:
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
         self.directories = Directories(volume)
+        self.residence = Residence(volume, lambda: self.root)
         self.xattrs = Xattrs(
             volume, self.directories, direct, self.check_writable, self._prepare_change
         )
@@ -92,6 +94,7 @@ class FileSystem:
         """The kernel drops `count` references; never raises."""
         inode = self.volume.inodes.get(number)
         if inode is None:
+            self.residence.forget(number, count)
             return
         inode.lookup_count -= count
         if inode.lookup_count <= 0 and inode.is_reaped and inode.open_count == 0:
@@ -280,10 +283,10 @@ class FileSystem:
         _, inode = self.directories.child(parent, name)
         if not inode.is_directory:
             raise FsError(errno.ENOTDIR)
-        await self.directories.complete(inode)
+        is_empty = await self.directories.is_empty(inode)
         await self._wait_for_room(4096)
         dentry, inode = self.directories.child(parent, name)
-        if inode.children:
+        if inode.children or not is_empty:
             raise FsError(errno.ENOTEMPTY)
         self._remove(parent, dentry, inode)
 
@@ -327,8 +330,9 @@ class FileSystem:
         await self.directories.learn(parent, name)
         await self.directories.learn(new_parent, new_name)
         target = new_parent.children.get(new_name)
+        is_empty = True
         if target is not None and target.kind is Kind.DIRECTORY and flags == 0:
-            await self.directories.complete(self.volume.get(target.child))
+            is_empty = await self.directories.is_empty(self.volume.get(target.child))
         await self._wait_for_room(4096)
         self.directories.get(parent_number)
         self.directories.get(new_parent_number)
@@ -344,25 +348,25 @@ class FileSystem:
                 raise FsError(errno.EEXIST)
             if replaced.child == inode.number:
                 return
-            self._check_replace(inode, self.volume.get(replaced.child))
+            self._check_replace(inode, self.volume.get(replaced.child), is_empty=is_empty)
         self._move(parent, dentry, inode, new_parent, new_name, replaced)
 
     def _is_below(self, directory: Inode, ancestor: Inode) -> bool:
         while True:
             if directory is ancestor:
                 return True
-            parent = self.volume.inodes.get(directory.parent)
-            if parent is None or parent is directory:
+            parent = self.volume.get(directory.parent)
+            if parent is directory:
                 return False
             directory = parent
 
     @staticmethod
-    def _check_replace(inode: Inode, other: Inode) -> None:
+    def _check_replace(inode: Inode, other: Inode, *, is_empty: bool) -> None:
         if inode.is_directory and not other.is_directory:
             raise FsError(errno.ENOTDIR)
         if not inode.is_directory and other.is_directory:
             raise FsError(errno.EISDIR)
-        if other.is_directory and other.children:
+        if other.is_directory and (other.children or not is_empty):
             raise FsError(errno.ENOTEMPTY)
 
     def _move(

@@ -1,5 +1,7 @@
 """Load inodes, names and maps from the satellite, decrypted and checked against their seals."""
 
+from collections.abc import Callable
+
 from dcsfs import keys
 from dcsfs.fs.state import Dentry, Inode
 from dcsfs.keys import InodeKey, Place, Sealed
@@ -8,7 +10,7 @@ from network import messages as m
 from network.errors import IntegrityError, NotFound, Unavailable
 from network.extentmap import Row, check_rows, map_root
 from network.ids import ExtentID
-from network.limits import LIST_PAGE_ENTRIES_MAX
+from network.limits import LIST_PAGE_ENTRIES_MAX, PATH_LEVELS_MAX
 
 MAP_RETRIES = 5
 
@@ -81,23 +83,53 @@ async def lookup(client: BucketClient, parent: Inode, name: bytes) -> tuple[Dent
     return dentry, child
 
 
-async def list_directory(client: BucketClient, parent: Inode) -> list[tuple[Dentry, Inode]]:
-    """All entries of a directory in dentry id order."""
-    found: list[tuple[Dentry, Inode]] = []
-    after = 0
-    while True:
-        page = await client.call(
-            m.LIST_DIRECTORY,
-            m.ListRequest(
-                client.api_key, client.bucket, parent.number, after, LIST_PAGE_ENTRIES_MAX
-            ),
-        )
-        found += [open_entry(client, parent, entry) for entry in page.entries]
-        if not page.more or not page.entries:
-            return found
-        if page.entries[-1].dentry_id <= after:
+async def list_page(
+    client: BucketClient, parent: Inode, after: int, limit: int
+) -> tuple[list[tuple[Dentry, Inode]], bool]:
+    """Up to `limit` entries after a dentry id, in id order, and whether there are more."""
+    limit = min(limit, LIST_PAGE_ENTRIES_MAX)
+    page = await client.call(
+        m.LIST_DIRECTORY,
+        m.ListRequest(client.api_key, client.bucket, parent.number, after, limit),
+    )
+    for entry in page.entries:
+        if entry.dentry_id <= after:
             raise IntegrityError("the satellite lists a directory in circles")
-        after = page.entries[-1].dentry_id
+        after = entry.dentry_id
+    found = [open_entry(client, parent, entry) for entry in page.entries]
+    return found, page.more and bool(found)
+
+
+async def find_path(
+    client: BucketClient, number: int, known: Callable[[int], Inode | None]
+) -> list[Inode]:
+    """Load an inode by its number, with the directories above it up to one that is known.
+
+    Returns them from the highest to the one asked for. Raises NotFound if it has no name.
+    """
+    steps: list[m.PathStep] = []
+    at = number
+    while known(at) is None:
+        request = m.InodeRequest(client.api_key, client.bucket, at)
+        page = (await client.call(m.FIND_PATH, request)).steps
+        if not page:
+            raise NotFound(f"inode {number} has no name")
+        for step in page:
+            if step.entry.inode.inode != at:
+                raise IntegrityError("the satellite answered with another inode than asked")
+            steps.append(step)
+            at = step.parent
+            if known(at) is not None:
+                break
+        if len(steps) > PATH_LEVELS_MAX:
+            raise IntegrityError(f"the path of inode {number} leads in circles")
+    found: list[Inode] = []
+    parent = known(at)
+    for step in reversed(steps):
+        assert parent is not None
+        _, parent = open_entry(client, parent, step.entry)
+        found.append(parent)
+    return found
 
 
 async def load_map(

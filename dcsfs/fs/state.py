@@ -108,6 +108,11 @@ class Base:
     size: int
 
 
+_NO_CHILDREN: dict[bytes, Dentry] = {}
+_NO_NAMES: set[bytes] = set()
+"""Of everything but directories; nothing is ever put there."""
+
+
 @dataclass(slots=True)
 class Inode:
     """An inode as the mount sees it now."""
@@ -137,12 +142,14 @@ class Inode:
     """Of a directory: where `..` leads."""
     xattrs: dict[bytes, bytes] | None = None
     xattr_count: int = 0
-    children: dict[bytes, Dentry] = field(default_factory=dict)
-    absent: set[bytes] = field(default_factory=set)
+    children: dict[bytes, Dentry] = field(init=False)
+    absent: set[bytes] = field(init=False)
     """Names known not to exist."""
     is_complete: bool = False
     """Whether `children` holds every entry of the directory."""
-    unknown: set[bytes] = field(default_factory=set)
+    is_large: bool = False
+    """It has more entries than are kept in memory: they are read page by page."""
+    unknown: set[bytes] = field(init=False)
     """Names that another session has changed: neither in `children` nor absent for sure."""
     name_changes: int = 0
     """Counts changes to names here by others: an answer asked for before one is too old."""
@@ -164,6 +171,15 @@ class Inode:
     is_reaped: bool = False
     is_stub: bool = False
     """Only its number and dentries are known: replayed before its record was loaded."""
+    used: int = 0
+    """The sweep before which it was last asked for (fs/residence.py)."""
+
+    def __post_init__(self) -> None:
+        """Only directories pay for names."""
+        is_directory = self.kind is Kind.DIRECTORY
+        self.children = {} if is_directory else _NO_CHILDREN
+        self.absent = set() if is_directory else _NO_NAMES
+        self.unknown = set() if is_directory else _NO_NAMES
 
     @property
     def attributes(self) -> Attributes:

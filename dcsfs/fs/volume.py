@@ -16,7 +16,7 @@ import trio
 from dcsfs.cache.clean import CleanCache
 from dcsfs.cache.log import Position, WriteLog
 from dcsfs.fs import journal, loader
-from dcsfs.fs.errors import FsError
+from dcsfs.fs.errors import FsError, NotInMemory
 from dcsfs.fs.state import Batch, Dentry, FrozenInode, Inode, Layer, follow
 from dcsfs.keys import InodeKey
 from dcsfs.uplink.client import BucketClient
@@ -69,6 +69,9 @@ class Volume:
         root = loader.root_inode(client)
         self.root = root
         self.inodes: dict[int, Inode] = {root.number: root}
+        self.parted: dict[int, int] = {}
+        """Kernel references to inodes that are not in memory (fs/residence.py)."""
+        self.sweeps = 0
         self.open_batch = Batch()
         self.queue: deque[Batch] = deque()
         self.flush_wanted = trio.Event()
@@ -132,21 +135,35 @@ class Volume:
         )
 
     def get(self, number: int) -> Inode:
-        """An inode the kernel knows; ESTALE for one it should not."""
+        """An inode the kernel knows; NotInMemory for one that has to be loaded first."""
         inode = self.inodes.get(number)
         if inode is None or inode.is_stub:
-            raise FsError(errno.ESTALE, f"inode {number}")
+            raise NotInMemory(number)
+        inode.used = self.sweeps
         return inode
+
+    def has(self, number: int) -> bool:
+        """Whether an inode is in memory; what is asked for stays for a while (residence.py)."""
+        inode = self.inodes.get(number)
+        if inode is None or inode.is_stub:
+            return False
+        inode.used = self.sweeps
+        return True
 
     def adopt(self, inode: Inode) -> Inode:
         """Add an inode loaded from the satellite.
 
         Under a lease the one in memory wins, it is newer; otherwise it takes over what was loaded.
         """
+        inode.used = self.sweeps
         known = self.inodes.get(inode.number)
         if known is None:
+            if inode.number in self.parted:
+                inode.lookup_count = self.parted.pop(inode.number)
+                inode.kernel_changes = -1  # the kernel's pages may be older than what was loaded
             self.inodes[inode.number] = inode
             return inode
+        known.used = self.sweeps
         if known.is_stub:
             inode.children, inode.absent = known.children, known.absent
             inode.lookup_count = known.lookup_count
@@ -194,6 +211,8 @@ class Volume:
         for change in changes:
             inode = self.inodes.get(change.inode)
             if inode is None or inode.is_stub:
+                if change.inode in self.parted:
+                    found.append(change.inode)
                 continue
             found.append(inode.number)
             inode.is_stale = True

@@ -17,6 +17,7 @@ from dcsfs.access import AccessGrant
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.filesystem import FileSystem
 from dcsfs.fs.mounted import Mounted, VolumeOptions, close_session, open_volume
+from dcsfs.fs.residence import SWEEP_INTERVAL_S
 from dcsfs.fs.state import Inode
 from dcsfs.fuse import readiness
 from dcsfs.fuse.kernelcaches import FuseKernelCaches
@@ -81,8 +82,9 @@ class MountDaemon:
             )
             self._operations = operations
             self._init_fuse(operations)
-            if mounted.coherence is not None:
-                mounted.coherence.kernel = FuseKernelCaches(mounted.filesystem)
+            descriptor = readiness.fuse_descriptor()
+            if mounted.coherence is not None and descriptor is not None:
+                mounted.coherence.kernel = FuseKernelCaches(mounted.filesystem, descriptor)
             try:
                 await self._serve(on_ready)
             finally:
@@ -128,8 +130,15 @@ class MountDaemon:
             nursery.start_soon(answer_first)
             waiter = None if self._options.stock_wait else readiness.install()
             nursery.start_soon(_unmount_on_signal, waiter)
+            nursery.start_soon(self._sweep_forever)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
+
+    async def _sweep_forever(self) -> None:
+        assert self._mounted is not None
+        while True:
+            await trio.sleep(SWEEP_INTERVAL_S)
+            self._mounted.filesystem.residence.sweep()
 
     def _raise_read_ahead(self) -> None:
         device = os.stat(self._options.mountpoint).st_dev
@@ -215,6 +224,8 @@ class MountDaemon:
             "bad_nodes": counters.bad_nodes,
             "slow_nodes": counters.slow_or_failed,
             "open_files": mounted.filesystem.open_handles,
+            "inodes_in_memory": len(volume.inodes),
+            "inodes_evicted": mounted.filesystem.residence.evicted,
             "disk_failure": str(volume.log.failure or "") if writable else "",
             "last_error": mounted.writeback.last_error if mounted.writeback else "",
             "recent_errors": operations.recent_errors,

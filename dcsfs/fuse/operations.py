@@ -4,6 +4,7 @@ One guard turns every exception into an errno: in pyfuse3 anything but FUSEError
 A handler waits for the network only for data that is not here, and never past its deadline.
 """
 
+import errno
 import functools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,13 +15,15 @@ import trio
 
 from dcsfs.fs import acl
 from dcsfs.fs.building import Caller, Changes
-from dcsfs.fs.errors import FsError, errno_of
+from dcsfs.fs.directories import Scan
+from dcsfs.fs.errors import FsError, NotInMemory, errno_of
 from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, FileSystem
 from dcsfs.fs.state import Inode
 from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 from network.errors import DcsError
 from network.limits import CACHE_SPACE_DEADLINE_S, NAME_BYTES_MAX, UNCACHED_READ_DEADLINE_S
 from network.messages import Kind
+from network.process import kernel_version
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -30,18 +33,37 @@ HANDLER_DEADLINE_S = CACHE_SPACE_DEADLINE_S + UNCACHED_READ_DEADLINE_S
 CACHE_TIMEOUT_S = 300.0
 """Entries and attributes under the lease: nobody else can change them."""
 CACHE_TIMEOUT_READ_ONLY_S = 1.0
+CAN_EXPIRE_NAMES = kernel_version() >= (6, 2)
+"""Whether the kernel can be told to look a name up again without dropping it on the spot.
+
+Dropping a directory's name makes it a deleted one for programs that work in it, and detaches what
+is mounted below. Older kernels keep names of directories for a second only.
+"""
+DIRECTORY_NAME_TIMEOUT_S = 1.0
+RECALLS_MAX = 8
+"""Inodes that one handler may have loaded again: a rename has four, and directories above them."""
 FUSE_ROOT = 1
 
 
 def guarded(
     handler: Callable[Concatenate["DcsOperations", P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate["DcsOperations", P], Coroutine[Any, Any, R]]:
-    """Turn every exception of a handler into FUSEError, and bound its time."""
+    """Turn every exception of a handler into FUSEError, and bound its time.
+
+    A handler that meets an inode that is not in memory is begun again once it is: it meets it
+    before it changes anything.
+    """
 
     @functools.wraps(handler)
     async def guard(self: "DcsOperations", *args: P.args, **kwargs: P.kwargs) -> R:
+        began = self.residence.begin()
         try:
             with trio.fail_after(self.deadline_s):
+                for _ in range(RECALLS_MAX):
+                    try:
+                        return await handler(self, *args, **kwargs)
+                    except NotInMemory as error:
+                        await self.residence.recall(error.number)
                 return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
             raise
@@ -53,6 +75,8 @@ def guarded(
         except Exception as error:
             log.exception("handler failed: %s", handler.__name__)
             raise pyfuse3.FUSEError(errno_of(error)) from error
+        finally:
+            self.residence.end(began)
 
     return guard  # type: ignore[return-value]  # wraps() hides that the signature is the same
 
@@ -60,12 +84,16 @@ def guarded(
 class DcsOperations(pyfuse3.Operations):
     """The handlers of one mount. The kernel's root inode is 1 whatever subtree is mounted."""
 
-    supports_dot_lookup = False
+    supports_dot_lookup = True
+    """An NFS server finds what a client's handle names by looking up `.` in it."""
     enable_acl = True
 
     def __init__(self, filesystem: FileSystem, *, writeback_cache: bool) -> None:
         super().__init__()
         self._fs = filesystem
+        self.residence = filesystem.residence
+        self._scans: dict[int, Scan] = {}
+        self._next_scan = 1
         self.enable_writeback_cache = writeback_cache
         self.deadline_s = HANDLER_DEADLINE_S
         self._probe: tuple[object, bool] = (None, False)
@@ -88,7 +116,10 @@ class DcsOperations(pyfuse3.Operations):
             return CACHE_TIMEOUT_READ_ONLY_S, CACHE_TIMEOUT_READ_ONLY_S
         volume = self._fs.volume
         if not volume.is_shared:
-            return CACHE_TIMEOUT_S, CACHE_TIMEOUT_S
+            names = CACHE_TIMEOUT_S
+            if inode.is_directory and not CAN_EXPIRE_NAMES:
+                names = DIRECTORY_NAME_TIMEOUT_S
+            return names, CACHE_TIMEOUT_S
         if inode.is_stale:
             return 0.0, 0.0
         return 0.0, max(0.0, volume.trusted_until - trio.current_time())
@@ -290,29 +321,36 @@ class DcsOperations(pyfuse3.Operations):
 
     @guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        """Directories are read by inode."""
-        self._fs.inode(self._number(inode))
-        return inode
+        """Begin to read a directory."""
+        found = self._fs.inode(self._number(inode))
+        handle = self._next_scan
+        self._next_scan += 1
+        self._scans[handle] = Scan(self._fs.directories, found.number)
+        return handle
+
+    def _scan(self, handle: int) -> Scan:
+        found = self._scans.get(handle)
+        if found is None:
+            raise FsError(errno.EBADF)
+        return found
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Everything done to the directory is on disk when this returns."""
-        await self._fs.fsync(self._number(fh))
+        await self._fs.fsync(self._scan(fh).number)
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List with attributes; the cookie is the permanent dentry id."""
-        for entry in await self._fs.directories.read(self._number(fh)):
-            if entry.dentry_id <= start_id:
-                continue
-            inode = self._fs.inode(entry.child)
-            name = pyfuse3.FileNameT(entry.name)
-            if not pyfuse3.readdir_reply(token, name, self._attributes(inode), entry.dentry_id):
+        for cookie, name, inode in await self._scan(fh).after(start_id):
+            attributes = self._attributes(inode)
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, cookie):
                 break
             inode.lookup_count += 1
 
     async def releasedir(self, fh: int) -> None:
-        """Nothing is held."""
+        """The directory is not read any more."""
+        self._scans.pop(fh, None)
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

@@ -79,7 +79,7 @@ def install() -> RequestWaiter | None:
     Cython looks its module's functions up by name at each call; the name is private to 3.5, so a
     version without it keeps its own wait, which is slower and otherwise the same.
     """
-    descriptor = _fuse_descriptor()
+    descriptor = fuse_descriptor()
     if descriptor is None or not hasattr(pyfuse3, "_wait_fuse_readable"):
         log.warning("requests are waited for by pyfuse3 itself: expect half the speed")
         return None
@@ -88,7 +88,8 @@ def install() -> RequestWaiter | None:
     return waiter
 
 
-def _fuse_descriptor() -> int | None:
+def fuse_descriptor() -> int | None:
+    """This process's /dev/fuse, once `pyfuse3.init` has opened it."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":

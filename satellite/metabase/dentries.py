@@ -9,8 +9,19 @@ from network.errors import (
     NotFound,
     PreconditionFailed,
 )
-from network.limits import LIST_PAGE_ENTRIES_MAX
-from network.messages import Create, EntryRecord, Exchange, Kind, Link, ListResponse, Rename, Unlink
+from network.limits import LIST_PAGE_ENTRIES_MAX, PATH_PAGE_ENTRIES_MAX
+from network.messages import (
+    Create,
+    EntryRecord,
+    Exchange,
+    Kind,
+    Link,
+    ListResponse,
+    PathResponse,
+    PathStep,
+    Rename,
+    Unlink,
+)
 from satellite.db.database import DbRow, Transaction
 from satellite.metabase import inodes
 
@@ -24,17 +35,18 @@ def _entry_from(row: DbRow) -> EntryRecord:
     return EntryRecord(int(dentry_id), name, wrapped, inodes.record_from(row[3:]))
 
 
-def _joined(condition: str) -> str:
+def _joined(condition: str, first_columns: str = _ENTRY_COLUMNS) -> str:
     columns = inodes.RECORD_COLUMNS.replace("inode, generation", "inode.inode, generation", 1)
     return (
-        f"SELECT {_ENTRY_COLUMNS}, {columns} FROM dentry JOIN inode"
+        f"SELECT {first_columns}, {columns} FROM dentry JOIN inode"
         " ON inode.bucket_id=dentry.bucket_id AND inode.inode=dentry.child"
-        f" WHERE dentry.bucket_id=? AND dentry.parent=? AND {condition}"
+        f" WHERE dentry.bucket_id=? AND {condition}"
     )
 
 
-_LOOKUP = _joined("dentry.name=?")
-_LIST = _joined("dentry.dentry_id>? ORDER BY dentry.dentry_id LIMIT ?")
+_LOOKUP = _joined("dentry.parent=? AND dentry.name=?")
+_LIST = _joined("dentry.parent=? AND dentry.dentry_id>? ORDER BY dentry.dentry_id LIMIT ?")
+_STEP = _joined("dentry.child=? LIMIT 1", f"dentry.parent, {_ENTRY_COLUMNS}")
 
 
 def lookup(tx: Transaction, bucket_id: int, parent: int, name: bytes) -> EntryRecord:
@@ -51,6 +63,22 @@ def list_page(tx: Transaction, bucket_id: int, parent: int, after: int, limit: i
     limit = max(1, min(limit, LIST_PAGE_ENTRIES_MAX))
     rows = tx.all(_LIST, (bucket_id, parent, after, limit + 1))
     return ListResponse(tuple(_entry_from(row) for row in rows[:limit]), len(rows) > limit)
+
+
+def find_path(tx: Transaction, bucket_id: int, inode: int) -> PathResponse:
+    """Steps from an inode up towards the root, one page; NotFound for one without a name.
+
+    A file with several names is found by one of them. The root has no step.
+    """
+    inodes.get(tx, bucket_id, inode)
+    steps: list[PathStep] = []
+    while len(steps) < PATH_PAGE_ENTRIES_MAX:
+        row = tx.one(_STEP, (bucket_id, inode))
+        if row is None:
+            break
+        inode = int(row[0])
+        steps.append(PathStep(inode, _entry_from(row[1:])))
+    return PathResponse(tuple(steps))
 
 
 def _require_directory(tx: Transaction, bucket_id: int, inode: int) -> None:

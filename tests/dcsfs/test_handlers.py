@@ -7,6 +7,7 @@ import pyfuse3
 import pytest
 import trio
 
+from dcsfs.fs.directories import Scan
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 from dcsfs.fuse.operations import DcsOperations
@@ -41,10 +42,21 @@ FAILURES = [
 ]
 
 
+class NoResidence:
+    """Nothing is evicted, and nothing can be recalled."""
+
+    def begin(self):
+        return 0
+
+    def end(self, began):
+        pass
+
+
 class Failing:
     """A file system of which everything fails."""
 
     is_read_only = False
+    residence = NoResidence()
 
     def __init__(self, failure):
         self._failure = failure
@@ -75,6 +87,7 @@ def test_pyfuse3_has_no_operation_that_nobody_thought_of():
 @pytest.mark.parametrize(("failure", "code"), FAILURES, ids=lambda value: type(value).__name__)
 async def test_a_failure_below_is_an_errno(name, failure, code):
     operations = DcsOperations(Failing(failure), writeback_cache=False)
+    operations._scans[1] = Scan(Failing(failure), 1)
     handler = getattr(operations, name)
     arguments = [ARGUMENTS[key] for key in inspect.signature(handler).parameters]
     if name in ANSWERED_FROM_NOTHING:
@@ -88,6 +101,7 @@ async def test_a_failure_below_is_an_errno(name, failure, code):
 async def test_no_handler_outlives_its_deadline(autojump_clock):
     class Stuck:
         is_read_only = False
+        residence = NoResidence()
 
         async def wait(self, *_, **__):
             await trio.sleep_forever()
@@ -99,6 +113,7 @@ async def test_no_handler_outlives_its_deadline(autojump_clock):
         open_count = 0
 
     operations = DcsOperations(Stuck(), writeback_cache=False)
+    operations._scans[1] = Scan(Stuck(), 1)
     waiting = {"lookup", "getattr", "setattr", "mknod", "mkdir", "symlink", "unlink", "rmdir",
                "rename", "link", "open", "create", "read", "write", "flush", "fsyncdir", "readdir",
                "setxattr", "getxattr", "listxattr", "removexattr"}  # fmt: skip
@@ -126,6 +141,7 @@ async def test_flags_of_setxattr_are_told_from_the_question_before():
 
     class Known:
         xattrs = Attributes()
+        residence = NoResidence()
         root = type("Root", (), {"number": 7})
 
     operations = DcsOperations(Known(), writeback_cache=False)
