@@ -409,6 +409,9 @@ class BucketInfo:
     live_bytes: int
     scheme: SchemeWire
     """Of new segments; each stored segment keeps its own."""
+    quota_bytes: int
+    """Bytes of content, without holes, that it may hold; 0: any number."""
+    used_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -671,6 +674,23 @@ class SatelliteStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class SetQuotaRequest:
+    """Limit a bucket's content; only for the satellite's own identity."""
+
+    project: Text
+    bucket: BucketName
+    quota_bytes: int
+    """0: any number of bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetQuotaResponse:
+    """What the bucket holds now."""
+
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PutPieceRequest:
     """Open an upload; DATA frames of whole shares follow, then a FinishPiece as DATA header."""
 
@@ -767,6 +787,7 @@ REPORT_NODE = Method(33, ReportNodeRequest, Empty)
 CHECK_IN = Method(34, CheckInRequest, CheckInResponse)
 SATELLITE_STATUS = Method(35, Empty, SatelliteStatus)
 FIND_PATH = Method(38, InodeRequest, PathResponse)
+SET_QUOTA = Method(39, SetQuotaRequest, SetQuotaResponse)
 
 PUT_PIECE = Method(64, PutPieceRequest, StreamEnd, 600.0)
 GET_PIECE = Method(65, GetPieceRequest, StreamEnd, 600.0)

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import trio
@@ -17,6 +18,7 @@ from network.errors import InvalidArgument
 from network.files import DirectoryLock, write_durably
 from network.identity import PeerAddress
 from network.macaroon import Macaroon
+from network.method import Method
 from network.process import (
     ErrorGroup,
     configure_logging,
@@ -25,13 +27,15 @@ from network.process import (
 )
 from network.rpc import ConnectionPool
 from network.runtime import SystemRuntime
-from network.units import format_size
+from network.units import format_size, parse_size
 from satellite import config as satellite_config
 from satellite.config import DATABASE_NAME, SatelliteConfig, load_identity
 from satellite.db.database import Database, Transaction
 from satellite.metabase import buckets
 from satellite.peer import Satellite
 
+Req = TypeVar("Req")
+Resp = TypeVar("Resp")
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 API_KEY_NAME = "api.key"
 
@@ -101,22 +105,43 @@ def run(directory: Path) -> None:
     lock.release()
 
 
+def _ask(directory: Path, method: Method[Req, Resp], request: Req) -> Resp:
+    """Call the running satellite of a directory with its own identity."""
+    settings, identity = SatelliteConfig.load(directory), load_identity(directory)
+    address = PeerAddress(identity.id, settings.listen_host, settings.listen_port)
+
+    async def ask() -> Resp:
+        pool = ConnectionPool(SystemRuntime(), identity)
+        try:
+            return await pool.call(address, method, request)
+        finally:
+            pool.close()
+
+    return trio.run(ask)
+
+
+@main.command()
+@click.option("--project", default="default", show_default=True)
+@click.argument("directory", type=DIRECTORY)
+@click.argument("bucket")
+@click.argument("size")
+def quota(project: str, directory: Path, bucket: str, size: str) -> None:
+    """Let a bucket hold at most SIZE (10GiB) of content, or any amount with `none`."""
+    quota_bytes = 0 if size == "none" else parse_size(size)
+    if size != "none" and not quota_bytes:
+        raise InvalidArgument("a quota of nothing is not one: say `none` to lift it")
+    request = messages.SetQuotaRequest(project, bucket, quota_bytes)
+    used = _ask(directory, messages.SET_QUOTA, request).used_bytes
+    limit = format_size(quota_bytes) if quota_bytes else "no limit"
+    click.echo(f"{bucket}: {format_size(used)} used, {limit}")
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("directory", type=DIRECTORY)
 def status(directory: Path, as_json: bool) -> None:
     """Ask the running satellite of DIRECTORY for its counts and nodes."""
-    settings, identity = SatelliteConfig.load(directory), load_identity(directory)
-    address = PeerAddress(identity.id, settings.listen_host, settings.listen_port)
-
-    async def ask() -> messages.SatelliteStatus:
-        pool = ConnectionPool(SystemRuntime(), identity)
-        try:
-            return await pool.call(address, messages.SATELLITE_STATUS, messages.Empty())
-        finally:
-            pool.close()
-
-    answer = trio.run(ask)
+    answer = _ask(directory, messages.SATELLITE_STATUS, messages.Empty())
     bad = [node for node in answer.nodes if node.bad_shares]
     if as_json:
         values = asdict(answer)

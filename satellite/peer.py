@@ -18,7 +18,7 @@ from network.errors import (
     PermissionDenied,
 )
 from network.identity import Identity
-from network.ids import Hash, PublicKey, SegmentID, SerialNumber, SessionID
+from network.ids import Hash, NodeID, PublicKey, SegmentID, SerialNumber, SessionID
 from network.limits import FRAME_HEADER_BYTES_MAX, ORDER_LIMIT_LIFE_S, ORDER_STEP_BYTES
 from network.macaroon import Macaroon, check_caveats
 from network.method import Method
@@ -77,6 +77,7 @@ class Satellite:
             (m.REPORT_NODE, self._report_node),
             (m.CHECK_IN, self._check_in),
             (m.SATELLITE_STATUS, self._status),
+            (m.SET_QUOTA, self._set_quota),
         ]
         return {method.code: (method, handler) for method, handler in pairs}
 
@@ -492,9 +493,20 @@ class Satellite:
         )
         return m.CheckInResponse(self._now_s, self.identity.public_key)
 
-    async def _status(self, call: Call[m.Empty]) -> m.SatelliteStatus:
-        if call.peer_id != self.identity.id:
+    async def _set_quota(self, call: Call[m.SetQuotaRequest]) -> m.SetQuotaResponse:
+        self._require_own_identity(call.peer_id)
+        r = call.request
+        used = await self._db.write(
+            lambda tx: buckets.set_quota(tx, r.project, r.bucket, r.quota_bytes)
+        )
+        return m.SetQuotaResponse(used)
+
+    def _require_own_identity(self, peer_id: NodeID | None) -> None:
+        if peer_id != self.identity.id:
             raise PermissionDenied("only the satellite's own identity may ask")
+
+    async def _status(self, call: Call[m.Empty]) -> m.SatelliteStatus:
+        self._require_own_identity(call.peer_id)
         return self._db.read(self._status_from)
 
     def _status_from(self, tx: Transaction) -> m.SatelliteStatus:

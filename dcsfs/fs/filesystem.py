@@ -21,6 +21,7 @@ from dcsfs.fs.lease import LeaseChanged, by_lease
 from dcsfs.fs.reader import Reader, ReadState
 from dcsfs.fs.residence import Residence
 from dcsfs.fs.shared import SharedNames
+from dcsfs.fs.space import Space
 from dcsfs.fs.state import Dentry, Inode
 from dcsfs.fs.volume import Volume
 from dcsfs.fs.writeback import Writeback
@@ -31,10 +32,6 @@ from network.limits import (
     FILE_BYTES_MAX,
 )
 from network.messages import Kind
-
-STATFS_BLOCK_BYTES = 4096
-STATFS_FREE_BYTES = 1 << 50
-"""Shown while a project has no quota: 1 PiB, so that installers and copiers go ahead."""
 
 
 @dataclass(slots=True)
@@ -68,6 +65,7 @@ class FileSystem:
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
         self.directories = Directories(volume)
+        self.space = Space(volume, reader, writeback)
         self.residence = Residence(volume, lambda: self.root)
         self.xattrs = Xattrs(
             volume, self.directories, direct, self.check_writable, self._prepare_change
@@ -534,6 +532,7 @@ class FileSystem:
             raise FsError(errno.EFBIG)
         if inode.is_stale:
             await self.directories.fresh(inode.number)
+        await self.space.check_write(inode, offset, len(data))
         await self._wait_for_room(len(data) + 4096, needs_lease=False)
         view = memoryview(data)
         try:

@@ -179,6 +179,10 @@ class Writeback:
                     await self._commit(batch)
                     self._volume.queue.popleft()
             except Refused as refused:
+                if isinstance(refused.error, QuotaExceeded) and not _has_lost_content(batch):
+                    await self._back_off(refused.error, delay)  # what is on the nodes stays there
+                    delay = min(2 * delay, RETRY_LAST_S)
+                    continue
                 batch.prepared = None
                 is_repeated = refused.operation == refused_before
                 refused_before = refused.operation
@@ -310,7 +314,7 @@ class Writeback:
         contents = []
         for number, layer in batch.layers.items():
             inode, frozen = batch.touched[number], batch.frozen[number]
-            if frozen.dead or inode.is_reaped:
+            if frozen.dead or inode.is_reaped or _is_cut_later(inode, layer):
                 continue
             if layer.cut == 0 and inode.rows is None and layer is inode.layers[0]:
                 inode.rows, inode.placements = [], {}  # nothing of it can be seen any more
@@ -569,6 +573,25 @@ class Writeback:
                     inode.is_stale = True  # taken over from the satellite meanwhile
                 else:
                     inode.seal = operation.seal
+
+
+def _has_lost_content(batch: Batch) -> bool:
+    """Whether something that was sent need not be committed any more: its file is gone or empty."""
+    assert batch.prepared is not None
+    return any(
+        content.inode.is_reaped or _is_cut_later(content.inode, content.layer)
+        for content in batch.prepared.contents
+    )
+
+
+def _is_cut_later(inode: Inode, layer: Layer) -> bool:
+    """Whether nothing of this layer can be seen: a later one begins with an empty file.
+
+    The record of that is older than the FLUSH record of this layer's batch, and so durable.
+    """
+    if layer not in inode.layers:
+        return False
+    return any(later.cut == 0 for later in inode.layers[inode.layers.index(layer) + 1 :])
 
 
 def _added_rows(content: Content) -> list[Row]:

@@ -17,7 +17,7 @@ from dcsfs.fs import acl
 from dcsfs.fs.building import Caller, Changes
 from dcsfs.fs.directories import Scan
 from dcsfs.fs.errors import FsError, NotInMemory, errno_of
-from dcsfs.fs.filesystem import STATFS_BLOCK_BYTES, STATFS_FREE_BYTES, FileSystem
+from dcsfs.fs.filesystem import FileSystem
 from dcsfs.fs.state import Inode
 from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 from network.errors import DcsError
@@ -43,6 +43,9 @@ DIRECTORY_NAME_TIMEOUT_S = 1.0
 RECALLS_MAX = 8
 """Inodes that one handler may have loaded again: a rename has four, and directories above them."""
 FUSE_ROOT = 1
+STATFS_BLOCK_BYTES = 4096
+STATFS_FREE_BYTES = 1 << 50
+"""Shown for a bucket without quota: 1 PiB, so that installers and copiers go ahead."""
 
 
 def guarded(
@@ -354,11 +357,15 @@ class DcsOperations(pyfuse3.Operations):
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """Size and room; generous while projects have no quota."""
+        """Size and room by the bucket's quota; generous if it has none."""
+        space = self._fs.space
+        await space.refresh()
+        free = space.free_bytes if space.quota_bytes else STATFS_FREE_BYTES
+        size = space.quota_bytes or STATFS_FREE_BYTES + space.used_bytes
         data = pyfuse3.StatvfsData()
-        blocks = STATFS_FREE_BYTES // STATFS_BLOCK_BYTES
         data.f_bsize = data.f_frsize = STATFS_BLOCK_BYTES
-        data.f_blocks = data.f_bfree = data.f_bavail = blocks
+        data.f_blocks = -(-size // STATFS_BLOCK_BYTES)
+        data.f_bfree = data.f_bavail = free // STATFS_BLOCK_BYTES
         data.f_files = data.f_ffree = data.f_favail = 1 << 40
         data.f_namemax = NAME_BYTES_MAX
         return data

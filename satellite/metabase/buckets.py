@@ -10,6 +10,7 @@ from network.errors import (
     NotFound,
     Unauthenticated,
 )
+from network.limits import FILE_BYTES_MAX
 from network.messages import BucketInfo, CreateBucketRequest, Kind, SchemeWire
 from satellite.db.database import DbRow, Transaction
 from satellite.metabase import inodes
@@ -83,7 +84,8 @@ def create(
         raise AlreadyExists(f"bucket {request.name!r} exists")
     bucket_id = tx.number("SELECT coalesce(max(bucket_id), 0) + 1 FROM bucket")
     tx.execute(
-        "INSERT INTO bucket VALUES (?,?,?,?,?,?,?,0,?)",
+        "INSERT INTO bucket (bucket_id, public_id, project_id, name, wrapped_root_key, root_inode,"
+        " next_number, transactions, created_ns) VALUES (?,?,?,?,?,?,?,0,?)",
         (
             bucket_id, request.bucket_id, project_id, request.name, request.wrapped_root_key,
             request.root.inode, request.root.inode + 1, now_ns,
@@ -93,16 +95,20 @@ def create(
     return get(tx, project_id, request.name, scheme)
 
 
-_COLUMNS = "bucket_id, public_id, name, wrapped_root_key, root_inode, created_ns"
+_COLUMNS = (
+    "bucket_id, public_id, name, wrapped_root_key, root_inode, created_ns, quota_bytes, used_bytes"
+)
 
 
 def _info(tx: Transaction, row: DbRow, scheme: SchemeWire) -> BucketInfo:
-    bucket_id, public_id, name, wrapped, root, created_ns = row
+    bucket_id, public_id, name, wrapped, root, created_ns, quota, used = row
     assert isinstance(public_id, bytes)
     assert isinstance(wrapped, bytes)
     live = tx.number("SELECT sum(live_bytes) FROM segment WHERE bucket_id=?", (bucket_id,))
     record = inodes.get(tx, int(bucket_id), int(root))
-    return BucketInfo(str(name), public_id, wrapped, record, int(created_ns), live, scheme)
+    return BucketInfo(
+        str(name), public_id, wrapped, record, int(created_ns), live, scheme, int(quota), int(used)
+    )
 
 
 def get(tx: Transaction, project_id: int, name: str, scheme: SchemeWire) -> BucketInfo:
@@ -119,6 +125,24 @@ def get_id(tx: Transaction, project_id: int, name: str) -> int:
     if row is None:
         raise NotFound(f"bucket {name!r} does not exist")
     return int(row[0])
+
+
+def set_quota(tx: Transaction, project: str, name: str, quota_bytes: int) -> int:
+    """Set how many bytes of content a bucket may hold, 0 for any number; returns what it holds.
+
+    Raises NotFound, InvalidArgument. A quota under what is there refuses everything more.
+    """
+    if not 0 <= quota_bytes <= FILE_BYTES_MAX:
+        raise InvalidArgument("a quota is a number of bytes")
+    row = tx.one(
+        "SELECT bucket_id, used_bytes FROM bucket JOIN project USING (project_id)"
+        " WHERE project.name=? AND bucket.name=?",
+        (project, name),
+    )
+    if row is None:
+        raise NotFound(f"project {project!r} has no bucket {name!r}")
+    tx.execute("UPDATE bucket SET quota_bytes=? WHERE bucket_id=?", (quota_bytes, int(row[0])))
+    return int(row[1])
 
 
 def list_all(tx: Transaction, project_id: int, scheme: SchemeWire) -> list[BucketInfo]:

@@ -1,10 +1,13 @@
 """Extent maps, placements, reference counts and segments' live bytes."""
 
-from network.errors import InvalidArgument, NotFound, PreconditionFailed
+from collections.abc import Iterable
+
+from network.errors import InvalidArgument, NotFound, PreconditionFailed, QuotaExceeded
 from network.extentmap import Row, apply_edits, check_rows
 from network.ids import ExtentID, SegmentID
 from network.limits import FILE_BYTES_MAX, MAP_PAGE_ROWS_MAX
 from network.messages import CommitContent, Kind, Placement, PutInline
+from network.units import format_size
 from satellite.db.database import DbRow, Transaction
 
 INLINE = SegmentID(bytes(16))
@@ -127,6 +130,7 @@ def _edit_map(tx: Transaction, bucket_id: int, op: CommitContent) -> None:
     if after and after[-1].end > op.size:
         raise InvalidArgument("extent rows pass the end of the file")
     removed, added = set(before) - set(after), set(after) - set(before)
+    _count_used(tx, bucket_id, _length_of(added) - _length_of(removed))
     for row in added:
         count_references(tx, bucket_id, row.extent_id, 1)
     for row in removed:
@@ -145,14 +149,37 @@ def _edit_map(tx: Transaction, bucket_id: int, op: CommitContent) -> None:
     )  # fmt: skip
 
 
+def _length_of(rows: Iterable[Row]) -> int:
+    return sum(row.length for row in rows)
+
+
+def _count_used(tx: Transaction, bucket_id: int, growth: int) -> None:
+    """Add to what a bucket holds; QuotaExceeded if it would grow past its quota."""
+    if growth > 0:
+        row = tx.one("SELECT quota_bytes, used_bytes FROM bucket WHERE bucket_id=?", (bucket_id,))
+        assert row is not None
+        quota, used = int(row[0]), int(row[1])
+        if quota and used + growth > quota:
+            raise QuotaExceeded(
+                f"the bucket holds {format_size(used)} of {format_size(quota)}, "
+                f"and {format_size(growth)} more were to come"
+            )
+    if growth:
+        tx.execute(
+            "UPDATE bucket SET used_bytes=used_bytes+? WHERE bucket_id=?", (growth, bucket_id)
+        )
+
+
 def drop_map(tx: Transaction, bucket_id: int, inode: int) -> None:
     """Remove a whole map, releasing its extents."""
     rows = tx.all(
         f"SELECT {_ROW_COLUMNS} FROM extent_row WHERE bucket_id=? AND inode=?",
         (bucket_id, inode),
     )
-    for values in rows:
-        count_references(tx, bucket_id, row_from(values).extent_id, -1)
+    dropped = [row_from(values) for values in rows]
+    for row in dropped:
+        count_references(tx, bucket_id, row.extent_id, -1)
+    _count_used(tx, bucket_id, -_length_of(dropped))
     tx.execute("DELETE FROM extent_row WHERE bucket_id=? AND inode=?", (bucket_id, inode))
 
 

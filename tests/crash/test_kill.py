@@ -1,6 +1,5 @@
 """The real daemon gets SIGKILL under load, again and again; nothing that fsync promised is lost."""
 
-import hashlib
 import json
 import os
 import random
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.manifest import Manifest
 from tests.mount.conftest import Mount, Net
 
-ROUNDS = 40
+ROUNDS = 200
 pytestmark = pytest.mark.crash
 
 
@@ -27,29 +27,6 @@ def small_net():
     yield found
     found.testnet("down")
     shutil.rmtree(base)
-
-
-class Manifest:
-    """What each file may be: what was promised last, or what was begun since."""
-
-    def __init__(self):
-        self.allowed = {}
-        self.operations = 0
-
-    def note(self, line):
-        word, name, digest = json.loads(line)
-        if word == "begin":
-            self.allowed.setdefault(name, {None}).add(digest)
-        elif word == "done":
-            self.allowed[name] = {digest}
-            self.operations += 1
-
-    def check(self, directory):
-        for name, allowed in self.allowed.items():
-            path = directory / name
-            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-            assert found in allowed, f"{name}: {found} is none of {allowed}"
-            self.allowed[name] = {found}
 
 
 def kill_under_load(mount, manifest, seed, begun):

@@ -21,7 +21,7 @@ ARGUMENTS = {
     "token": None, "value": b"v", "attr": pyfuse3.EntryAttributes(),
     "fields": pyfuse3.SetattrFields(), "inode_list": [(1, 1)],
 }  # fmt: skip
-ANSWERED_FROM_NOTHING = {"access", "statfs", "releasedir", "forget"}
+ANSWERED_FROM_NOTHING = {"access", "releasedir", "forget"}
 """Handlers that need nothing of the file system, or are not to raise at all."""
 
 FAILURES = [

@@ -41,6 +41,13 @@ class Net:
     def testnet(self, command, *arguments):
         return dcsfs("testnet", command, "--dir", self.directory, *arguments).stdout
 
+    def satellite(self, command, *arguments):
+        done = subprocess.run(
+            [str(BIN / "dcs-satellite"), command, str(self.directory / "satellite"), *arguments],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        return done.stdout
+
     def status(self):
         return json.loads(self.testnet("status", "--json"))
 

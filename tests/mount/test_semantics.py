@@ -512,8 +512,39 @@ def test_locks(here):
         assert run(program, here / "file", name) == "got"
 
 
-def test_space(here):
-    """statfs shows 1 PiB of free space while projects have no quota."""
+def test_space(here, net):
+    """statfs shows the bucket's quota, or 1 PiB of free space if it has none."""
     found = os.statvfs(here)
     assert found.f_bavail * found.f_frsize == 1 << 50
     assert found.f_namemax == 255
+    bucket = net.bucket("space")
+    mount = Mount(net, bucket)
+    net.satellite("quota", bucket, "64MiB")
+    mount.mount()
+    (mount.point / "f").write_bytes(os.urandom(16 * MIB))
+    mount.sync()
+    found = os.statvfs(mount.point)
+    assert found.f_blocks * found.f_frsize == 64 * MIB
+    assert found.f_bavail * found.f_frsize == 48 * MIB
+    mount.umount()
+
+
+def test_quota(here, net):
+    """What does not fit in the quota is EDQUOT; overwriting what is there is always good."""
+    bucket = net.bucket("quota")
+    mount = Mount(net, bucket)
+    net.satellite("quota", bucket, "4MiB")
+    mount.mount()
+    data = os.urandom(4 * MIB)
+    (mount.point / "f").write_bytes(data)
+    with raises(errno.EDQUOT):
+        (mount.point / "g").write_bytes(b"more")
+    with (mount.point / "f").open("r+b") as handle:
+        handle.write(b"over")
+        os.fsync(handle.fileno())
+    mount.sync()
+    (mount.point / "f").unlink()
+    mount.sync()
+    (mount.point / "g").write_bytes(b"more")
+    assert "no limit" in net.satellite("quota", bucket, "none")
+    mount.umount()
