@@ -320,6 +320,17 @@ Operation = (
 )
 
 
+def loses_a_name(operation: Operation) -> int:
+    """The inode that an operation takes a name from and gives none; 0 if it does not do that."""
+    match operation:
+        case Unlink():
+            return operation.inode
+        case Rename():
+            return operation.replaced
+        case _:
+            return 0
+
+
 @dataclass(frozen=True, slots=True)
 class ApplyRequest:
     """A batch of operations of a session, in order.

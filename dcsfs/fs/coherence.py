@@ -95,6 +95,12 @@ class Coherence:
         """Nothing in memory is older than the channel."""
         self._is_yielding = False
         self._scope = trio.CancelScope()
+        volume.on_session_lost = self._begin_anew
+
+    def _begin_anew(self) -> None:
+        """End the channel: the next one finds the session lost, and opens it again."""
+        if self._stream is not None:
+            self._stream.abort()
 
     def close(self) -> None:
         """End the channel for good: the session is about to be closed."""

@@ -57,11 +57,18 @@ class Conflicts:
         if not self._volume.is_shared or operation not in batch.operations:
             return False
         place = batch.operations.index(operation)
-        batch.operations[place : place + 1] = await self._replacements(operation, error)
+        before = batch.operations[:place]
+        replacements = await self._replacements(operation, error, before)
+        batch.operations[place : place + 1] = replacements
         return True
 
-    async def _replacements(self, operation: m.Operation, error: DcsError) -> list[m.Operation]:
-        """What to do instead of a refused operation on names or attributes."""
+    async def _replacements(
+        self, operation: m.Operation, error: DcsError, before: list[m.Operation]
+    ) -> list[m.Operation]:
+        """What to do instead of a refused operation on names or attributes.
+
+        Those `before` it in the batch have been undone with it, and will be done again.
+        """
         moved = self._moved_source(operation)
         if moved is not None:
             return [moved]
@@ -70,12 +77,18 @@ class Conflicts:
                 found = await self._lookup(operation.parent, operation.name)
                 if found is not None and found.inode.inode == operation.inode.inode:
                     return []
-                return [await self._create_beside(operation)]
+                return [await self._create_beside(operation, before)]
+            case m.Rename() if (operation.new_parent, operation.new_name) in self._moved:
+                parent, name = self._moved[operation.new_parent, operation.new_name]
+                wrapped = self._wrap(parent, name, operation.inode)
+                return [replace(operation, new_parent=parent, new_name=name, wrapped_key=wrapped)]
             case m.Rename():
-                found = await self._lookup(operation.parent, operation.name)
-                if found is None or found.inode.inode != operation.inode:
-                    return self._left_out(operation, "its source is not there any more")
-                return await self._rename_beside(operation)
+                if (
+                    await self._occupant(operation.parent, operation.name, before)
+                    != operation.inode
+                ):
+                    return self._without_source(operation, before)
+                return await self._rename_beside(operation, before)
             case m.Link() if isinstance(error, AlreadyExists):
                 parent, name = self._beside(operation.parent, operation.name)
                 wrapped = self._wrap(parent, name, operation.inode)
@@ -107,6 +120,30 @@ class Conflicts:
         except NotFound:
             return None
 
+    def _without_source(self, operation: m.Rename, before: list[m.Operation]) -> list[m.Operation]:
+        """A rename whose source others have taken: what it replaced here stays, if that has bytes.
+
+        A file made and replaced under the same lost lease has none: they were not worth sending.
+        """
+        left = self._left_out(operation, "its source is not there any more")
+        replaced = operation.replaced
+        if any(isinstance(op, m.Create) and op.inode.inode == replaced for op in before):
+            left.append(m.Unlink(operation.new_parent, operation.new_name, replaced))
+        return left
+
+    async def _occupant(self, parent: int, name: bytes, before: list[m.Operation]) -> int:
+        """The inode a name stands for once what comes before is done; 0 for none."""
+        for earlier in reversed(before):
+            for place, inode in _names_after(earlier):
+                if place == (parent, name):
+                    return inode
+        found = await self._lookup(parent, name)
+        return found.inode.inode if found is not None else 0
+
+    async def _is_directory_there(self, number: int, before: list[m.Operation]) -> bool:
+        made = any(isinstance(op, m.Create) and op.inode.inode == number for op in before)
+        return made or await self._exists(number)
+
     async def _exists(self, inode: int) -> bool:
         request = m.InodeRequest(self._client.api_key, self._client.bucket, inode)
         try:
@@ -114,29 +151,31 @@ class Conflicts:
         except NotFound:
             return False
 
-    async def _create_beside(self, operation: m.Create) -> m.Create:
+    async def _create_beside(self, operation: m.Create, before: list[m.Operation]) -> m.Create:
         parent = operation.parent
-        if not await self._exists(parent):
+        if not await self._is_directory_there(parent, before):
             parent = self._volume.root.number
         place, name = self._beside(operation.parent, operation.name, parent)
         self._moved[operation.parent, operation.name] = (place, name)
         wrapped = self._wrap(place, name, operation.inode.inode)
         return replace(operation, parent=place, name=name, wrapped_key=wrapped)
 
-    async def _rename_beside(self, operation: m.Rename) -> list[m.Operation]:
-        target = await self._lookup(operation.new_parent, operation.new_name)
-        if target is None and await self._exists(operation.new_parent):
+    async def _rename_beside(
+        self, operation: m.Rename, before: list[m.Operation]
+    ) -> list[m.Operation]:
+        parent, name = operation.new_parent, operation.new_name
+        is_there = await self._is_directory_there(parent, before)
+        if is_there and not await self._occupant(parent, name, before):
             if not operation.replaced:
                 return self._left_out(operation, "it cannot go there any more")
             return [replace(operation, replaced=0)]
-        parent = operation.new_parent
-        if target is None:
-            parent = self._volume.root.number
-        place, name = self._beside(operation.new_parent, operation.new_name, parent)
-        self._moved[operation.new_parent, operation.new_name] = (place, name)
-        wrapped = self._wrap(place, name, operation.inode)
+        place, new_name = self._beside(
+            parent, name, parent if is_there else self._volume.root.number
+        )
+        self._moved[parent, name] = (place, new_name)
+        wrapped = self._wrap(place, new_name, operation.inode)
         return [
-            replace(operation, new_parent=place, new_name=name, wrapped_key=wrapped, replaced=0)
+            replace(operation, new_parent=place, new_name=new_name, wrapped_key=wrapped, replaced=0)
         ]
 
     def _directory(self, number: int) -> Inode:
@@ -199,11 +238,36 @@ class Conflicts:
             inode.seal = fresh.seal
 
     async def settle_overtaken(self, batch: Batch) -> None:
-        """Put content aside, before it is sent, where others have changed the same file."""
+        """Before it is sent: put aside what would undo what others have done to the same file.
+
+        Content goes beside theirs. A file they have written to since is not removed or replaced.
+        """
         for number in list(batch.layers):
             inode = batch.touched[number]
             if not inode.is_reaped and inode.content_version:
                 await self._settle_content(batch, number)
+        kept: list[m.Operation] = []
+        for operation in batch.operations:
+            loser = m.loses_a_name(operation)
+            if loser and await self._is_newer_there(batch, loser):
+                kept += await self._spare(operation, kept)
+            else:
+                kept.append(operation)
+        batch.operations = kept
+
+    async def _is_newer_there(self, batch: Batch, number: int) -> bool:
+        """Whether others have written to a file that loses a name in this batch."""
+        request = m.InodeRequest(self._client.api_key, self._client.bucket, number)
+        try:
+            record = await self._client.call(m.GET_INODE, request)
+        except NotFound:
+            return False
+        return record.content_version > batch.losers.get(number, 0)
+
+    async def _spare(self, operation: m.Operation, before: list[m.Operation]) -> list[m.Operation]:
+        if isinstance(operation, m.Rename):
+            return await self._rename_beside(operation, before)
+        return self._left_out(operation, "others have written to the file since")
 
     async def _settle_content(self, batch: Batch, number: int) -> bool:
         inode, layer = batch.touched[number], batch.layers[number]
@@ -273,6 +337,29 @@ class Conflicts:
             if frozen is not None:
                 batch.frozen[copy.number] = FrozenInode(frozen.attributes, frozen.size, dead=False)
             batch.prepared = None
+
+
+def _names_after(operation: m.Operation) -> list[tuple[tuple[int, bytes], int]]:
+    """Names that an operation makes or takes: ((directory, encrypted name), inode or 0)."""
+    match operation:
+        case m.Create():
+            return [((operation.parent, operation.name), operation.inode.inode)]
+        case m.Link():
+            return [((operation.parent, operation.name), operation.inode)]
+        case m.Unlink():
+            return [((operation.parent, operation.name), 0)]
+        case m.Rename():
+            return [
+                ((operation.new_parent, operation.new_name), operation.inode),
+                ((operation.parent, operation.name), 0),
+            ]
+        case m.Exchange():
+            return [
+                ((operation.parent, operation.name), operation.other_inode),
+                ((operation.other_parent, operation.other_name), operation.inode),
+            ]
+        case _:
+            return []
 
 
 def _inline_rows(base: Base) -> list[Row]:

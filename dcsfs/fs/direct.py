@@ -18,7 +18,13 @@ from dcsfs.fs.lease import LeaseChanged
 from dcsfs.fs.state import Inode
 from dcsfs.fs.volume import Volume
 from network import messages as m
-from network.errors import DcsError, PreconditionFailed, Unavailable, error_from_wire
+from network.errors import (
+    DcsError,
+    PreconditionFailed,
+    SessionLost,
+    Unavailable,
+    error_from_wire,
+)
 from network.ids import Hash
 
 log = logging.getLogger(__name__)
@@ -137,6 +143,10 @@ class DirectCalls:
             try:
                 response = await self._volume.client.call(m.APPLY, self._unsettled)
             except Unavailable:
+                await trio.sleep(RETRY_S)
+                continue
+            except SessionLost:  # it goes on under the same id and sequence once it is opened again
+                self._volume.on_session_lost()
                 await trio.sleep(RETRY_S)
                 continue
             except DcsError:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from dcsfs import keys
 from dcsfs.fs import loader
+from dcsfs.fs.direct import retried
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.state import Dentry, Inode
 from dcsfs.fs.volume import Volume
 from network import messages as m
-from network.errors import NotFound
+from network.errors import NotFound, PreconditionFailed
 from network.limits import FILE_BYTES_MAX, LIST_PAGE_ENTRIES_MAX
 
 LOOKUPS_BEFORE_LISTING = 2
@@ -141,11 +142,20 @@ class Directories:
         return self._volume.get(dentry.child) if dentry is not None else None
 
     def child(self, parent: Inode, name: bytes) -> tuple[Dentry, Inode]:
-        """A name that has been learned; ENOENT."""
+        """A name that has been learned; ENOENT, PreconditionFailed as `require_known`."""
         dentry = parent.children.get(name)
         if dentry is None:
+            self.require_known(parent, name)
             raise FsError(errno.ENOENT)
         return dentry, self._volume.get(dentry.child)
+
+    def require_known(self, parent: Inode, name: bytes) -> None:
+        """PreconditionFailed if a name that was learned has had to be forgotten since.
+
+        Others may have changed it, or all was forgotten, while something else was waited for.
+        """
+        if not self._is_known(parent, name):
+            raise PreconditionFailed("what was known of a name has become old")
 
     async def lookup(self, parent_number: int, name: bytes) -> Inode:
         """Find a name; ENOENT."""
@@ -154,8 +164,12 @@ class Directories:
         parent = self.get(parent_number)
         if name == b"..":
             return await self.fresh(parent.parent)
-        await self.learn(parent, name)
-        return self.child(parent, name)[1]
+
+        async def find() -> Inode:
+            await self.learn(parent, name)
+            return self.child(parent, name)[1]
+
+        return await retried(find)
 
     async def complete(self, directory: Inode) -> None:
         """Have all entries of a directory in memory, unless it is large."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from dcsfs.fs.volume import Volume
+from network.errors import PreconditionFailed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,12 +40,17 @@ def by_lease(
     async def change(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         self.check_writable()
         while True:
+            was_shared = self.volume.is_shared
             try:
-                if not self.volume.is_shared:
+                if not was_shared:
                     return await alone(self, *args, **kwargs)
                 result: R = await getattr(self.shared, alone.__name__)(*args, **kwargs)
             except LeaseChanged:
                 continue
+            except PreconditionFailed:
+                if was_shared == self.volume.is_shared:
+                    raise
+                continue  # the lease went, and with it what was known
             return result
 
     return change  # type: ignore[return-value]  # wraps() hides that the signature is the same

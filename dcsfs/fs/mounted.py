@@ -32,6 +32,7 @@ from network.units import GiB, MiB
 
 log = logging.getLogger(__name__)
 
+SESSION_RETRY_S = 2.0
 CACHE_BYTES_MIN = 256 * MiB
 CACHE_BYTES_DEFAULT = 10 * GiB
 
@@ -181,13 +182,19 @@ async def _sync_forever(volume: Volume) -> None:
 
 
 async def _renew_forever(volume: Volume) -> None:
-    request = m.SessionRequest(volume.client.api_key, volume.session.session_id)
+    pause = SESSION_RENEW_S
     while True:
-        await trio.sleep(SESSION_RENEW_S)
+        await trio.sleep(pause)
+        pause = SESSION_RENEW_S
+        request = m.SessionRequest(volume.client.api_key, volume.session.session_id)
         try:
             await volume.client.call(m.RENEW_SESSION, request)
+        except SessionLost as error:
+            log.warning("%s", error)
+            volume.on_session_lost()
         except DcsError as error:
             log.info("session not renewed: %s", error)
+            pause = SESSION_RETRY_S
 
 
 async def close_session(mounted: Mounted) -> None:

@@ -25,6 +25,7 @@ from dcsfs.fs.volume import Volume
 from dcsfs.fs.writeback import Writeback
 from dcsfs.fs.xattrs import Xattrs
 from network import messages as m
+from network.errors import PreconditionFailed
 from network.limits import CLOSE_COMMIT_DEADLINE_S
 from network.messages import Kind
 
@@ -223,6 +224,7 @@ class SharedNames:
         await self._directories.learn(parent, name)
         await self._directories.learn(new_parent, new_name)
         dentry, inode = self._directories.child(parent, name)
+        self._directories.require_known(new_parent, new_name)
         replaced = new_parent.children.get(new_name)
         if replaced is not None and not may_replace:
             raise FsError(errno.EEXIST)
@@ -246,7 +248,12 @@ class SharedNames:
         touched = [parent, new_parent, inode, *([other] if other is not None else [])]
         moved = Dentry(dentry_id, new_name, inode.number, dentry.kind)
         names: list[Name] = [(parent, name, None), (new_parent, new_name, moved)]
-        is_quiet = await self._decide(names, touched, *operations)
+        try:
+            is_quiet = await self._decide(names, touched, *operations)
+        except FsError as error:
+            if error.errno == errno.EEXIST and may_replace:
+                raise PreconditionFailed("the new name is taken, and was not before") from error
+            raise
         for changed in (parent, new_parent):
             changed.mtime_ns = changed.ctime_ns = now
         inode.ctime_ns = now

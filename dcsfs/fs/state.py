@@ -51,6 +51,8 @@ class Batch:
     """Inodes whose attributes or content this batch must bring up to date."""
     layers: dict[int, Layer] = field(default_factory=dict)
     frozen: dict[int, "FrozenInode"] = field(default_factory=dict)
+    losers: dict[int, int] = field(default_factory=dict)
+    """Inodes that lose a name in it, and the content version that was known then."""
     last_sequence: int = 0
     """Number of the last log record that belongs to it, once frozen."""
     data_bytes: int = 0

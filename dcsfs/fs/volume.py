@@ -77,6 +77,8 @@ class Volume:
         self.flush_wanted = trio.Event()
         self.on_freeze: Callable[[], None] = lambda: None
         """Tells who uploads that the queue has grown."""
+        self.on_session_lost: Callable[[], None] = lambda: None
+        """Tells who keeps the channel that the satellite has ended the session."""
         self.is_shared = session is not None and not session.holds_lease
         """Others may change the bucket: names are decided by the satellite (fs/shared.py)."""
         self.trusted_until = 0.0
@@ -267,6 +269,10 @@ class Volume:
         self._started(self.open_batch)
         if operation is not None:
             self.open_batch.operations.append(operation)
+            loser = m.loses_a_name(operation)
+            self.open_batch.losers |= {
+                number: state.content_version for number, state in states.items() if number == loser
+            }
             if isinstance(operation, m.SetXattr):
                 self.open_batch.weight += len(operation.value or b"") // 1024
         for inode in touched:
@@ -470,6 +476,10 @@ class Volume:
         self._started(batch)
         if record.operation is not None:
             batch.operations.append(record.operation)
+            loser = m.loses_a_name(record.operation)
+            batch.losers |= {
+                s.number: s.content_version for s in record.inodes if s.number == loser
+            }
         for state in record.inodes:
             self._restated.add(state.number)
             inode = self._replay_inode(state, is_new=False)
@@ -498,6 +508,7 @@ class Volume:
                 state.number, state.generation, state.kind, InodeKey(state.key), state.rdev,
                 state.nlink, a.mode, a.uid, a.gid, a.atime_ns, a.mtime_ns, a.ctime_ns, state.size,
                 parent=state.parent, symlink=state.symlink, content_version=state.content_version,
+                committed_size=state.committed_size, allocated=state.allocated, seal=state.seal,
             )  # fmt: skip
             fresh.rows = [] if is_new else None
             fresh.xattrs = {} if is_new else None
@@ -529,7 +540,8 @@ class Volume:
                 follow(inode, fresh)
                 continue
             loader.verify_record(self.client, record, inode.key)
-            if self.is_shared and inode.content_version < record.content_version:
+            is_older = inode.content_version < record.content_version
+            if self.is_shared and is_older and inode.layers:
                 continue  # others may have written it: fs/conflicts.py compares the versions
             inode.seal, inode.content_version = record.seal, record.content_version
             inode.committed_size, inode.allocated = record.size, record.allocated

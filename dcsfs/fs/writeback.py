@@ -545,6 +545,9 @@ class Writeback:
                 inode.placements[extent.extent_id] = prepared.placements[extent.extent_id]
             inode.rows = _new_rows(content)
             inode.content_version += 1
+            for later in (*self._volume.queue, self._volume.open_batch):
+                if inode.number in later.losers:
+                    later.losers[inode.number] = inode.content_version
             inode.committed_size = operation.size
             inode.allocated = operation.allocated
             inode.seal = operation.seal

@@ -3,30 +3,19 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
 from tests.crash.manifest import Manifest
-from tests.mount.conftest import Mount, Net
+from tests.mount.conftest import Mount
 
 ROUNDS = 200
 pytestmark = pytest.mark.crash
-
-
-@pytest.fixture
-def small_net():
-    base = Path(tempfile.mkdtemp(prefix="dcsfs-kill-", dir="/var/tmp"))
-    found = Net(base, "10", "4/6/8/10")
-    yield found
-    found.testnet("down")
-    shutil.rmtree(base)
 
 
 def kill_under_load(mount, manifest, seed, begun):

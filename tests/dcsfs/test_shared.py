@@ -407,6 +407,31 @@ async def test_returning_after_a_crash_keeps_every_staged_byte(tmp_path, autojum
                 assert {b"mine", b"theirs", b"mine too"} <= both
 
 
+async def test_a_session_that_has_expired_is_opened_again_and_nobody_notices(
+    tmp_path, autojump_clock
+):
+    """As after a partition that was over just before the session's life was."""
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as m1,
+        mounted(world, tmp_path, "other") as m2,
+    ):
+        await trio.sleep(5)
+
+        def end(tx):
+            request = (m1.volume.session.session_id,)
+            tx.execute("UPDATE session SET expires_s=0 WHERE session_id=?", request)
+
+        for number in range(3):
+            await world.database.write(end)
+            await save(m1, b"%d" % number, b"content")
+            assert await content(m2, b"%d" % number) == b"content"
+        await world.database.write(end)
+        await trio.sleep(40)  # without a change it is noticed by the next renewal
+        lives = world.database.read(lambda tx: tx.all("SELECT expires_s FROM session"))
+        assert min(lives)[0] > world.runtime.now_ns() // 10**9
+
+
 async def test_vanished_mount_delays_the_next_one_by_the_recall_deadline(tmp_path, autojump_clock):
     async with bucket_world(tmp_path) as world, cuttable(world, tmp_path, "gone") as (runtime, m1):
         await save(m1, b"f", b"1")

@@ -54,6 +54,17 @@ class Net:
     def stored_bytes(self):
         return sum(node["stored_bytes"] or 0 for node in self.status()["nodes"])
 
+    def grant_through(self, port):
+        """A grant that reaches the satellite through a port of this machine (see link.py)."""
+        identity = self.status()["satellite"]["address"].partition("@")[0]
+        path = self.base / f"access-{port}.grant"
+        dcsfs(
+            "access", "create", "--satellite", f"{identity}@127.0.0.1:{port}",
+            "--api-key-file", self.directory / "api.key",
+            "--passphrase-file", self.directory / "passphrase", "--out", path,
+        )  # fmt: skip
+        return path
+
     def bucket(self, name):
         dcsfs("mb", "--access", self.grant, f"dcs://{name}")
         return name
@@ -63,7 +74,7 @@ class Mount:
     """One mount point with its cache directory."""
 
     def __init__(self, net, bucket, tag=""):
-        self.net, self.bucket = net, bucket
+        self.net, self.bucket, self.grant = net, bucket, net.grant
         self.point = net.base / f"mnt-{bucket}{tag}"
         self.cache = net.base / f"cache-{bucket}{tag}"
         self.point.mkdir(exist_ok=True)
@@ -71,7 +82,7 @@ class Mount:
     def mount(self, options="", check=True):
         done = subprocess.run(
             ["mount", "-t", "dcsfs", self.bucket, str(self.point),
-             "-o", f"access={self.net.grant},cache_dir={self.cache}{options}"],
+             "-o", f"access={self.grant},cache_dir={self.cache}{options}"],
             capture_output=True, text=True, check=False, cwd="/", timeout=120,
         )  # fmt: skip
         if check:
