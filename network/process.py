@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -70,6 +71,19 @@ def shield_from_memory_pressure() -> None:
         log.info("OOM score stays as it is: %s", error)
     if ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
         log.info("the IO flusher flag is not allowed here")
+
+
+def notify_service_manager(text: str) -> None:
+    """Tell systemd, if it has started this process, what goes on (sd_notify(3)); never raises."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)
+            sock.sendto(text.encode(), address.replace("@", "\0", 1))
+    except OSError as error:
+        log.info("the service manager was not told: %s", error)
 
 
 def kernel_version() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """`dcsfs mount` and `dcsfs umount`; `mount.dcsfs` and `umount.fuse.dcsfs` call them."""
 
 import fcntl
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from network.errors import DcsError, InvalidArgument, Unavailable
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
 from network.process import (
     first_error,
+    notify_service_manager,
     raise_descriptor_limit,
     shield_from_memory_pressure,
 )
@@ -159,8 +161,12 @@ def _serve(options: MountOptions, access_path: Path, ready_fd: int | None) -> No
             os.close(ready_fd)
             ready_fd = None
 
+    def on_ready() -> None:
+        notify_service_manager("READY=1\nSTATUS=mounted")
+        report("ready")
+
     try:
-        trio.run(daemon.run, lambda: report("ready"))
+        trio.run(daemon.run, on_ready)
     except BaseException as error:
         known = first_error(error)
         report(str(known) if known else f"unexpected failure: {error!r}")
@@ -222,42 +228,84 @@ def register_unmount_helper(source: str, mountpoint: Path) -> None:
 
 @click.command()
 @click.option("--detach", is_flag=True, help="Leave what is not sent for the next mount.")
+@click.option(
+    "--detach-after", type=click.FloatRange(0), metavar="SECONDS",
+    help="Wait so long, then leave the rest for the next mount.",
+)  # fmt: skip
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-def umount(detach: bool, mountpoint: Path) -> None:
+def umount(detach: bool, detach_after: float | None, mountpoint: Path) -> None:
     """Unmount after everything has reached the network."""
     found = control.find_mount(mountpoint)
     if Path(found.status["mountpoint"]) != mountpoint.absolute():
         raise InvalidArgument(f"{mountpoint} is not a mount point")
     if not detach:
-        _drain(found)
+        detach = not _drain(found, math.inf if detach_after is None else detach_after)
     control.ask(found.socket, "unmount", detach=detach)
     unmount_kernel(mountpoint)
     _wait_for_exit(int(found.status["pid"]))
 
 
-def _drain(found: control.FoundMount) -> None:
-    """Wait for the network with a progress line; gives up after a minute without progress."""
+def _drain(found: control.FoundMount, patience_s: float) -> bool:
+    """Wait for the network with a progress line; False when patience is at an end before it is.
+
+    Raises Unavailable after a minute without progress.
+    """
+    progress = _Progress()
     level: tuple[int, int, int] | None = None
-    since = time.monotonic()
+    began = since = time.monotonic()
     while True:
         values = control.ask(found.socket, "drain")
         if values["dirty_bytes"] == 0 and values["queue"] == 0:
-            break
+            progress.end()
+            return True
         mark = (values["dirty_bytes"], values["sent_bytes"], values["satellite_transactions"])
         if mark != level:
             level, since = mark, time.monotonic()
-        if sys.stderr.isatty():
-            click.echo(
-                f"\rwaiting: {format_size(values['dirty_bytes'])} to send  ", err=True, nl=False
-            )
+        progress.show(values["dirty_bytes"], values["queue"])
+        waits = f"{values['dirty_bytes']} bytes wait in {values['cache_dir']}"
+        if time.monotonic() - began > patience_s:
+            progress.end()
+            click.echo(f"{waits}; the next mount with this cache directory sends them", err=True)
+            return False
         if time.monotonic() - since > UMOUNT_PROGRESS_DEADLINE_S:
+            progress.end()
             raise Unavailable(
-                f"no progress for {UMOUNT_PROGRESS_DEADLINE_S:g} s, still mounted: "
-                f"{values['dirty_bytes']} bytes wait in {values['cache_dir']} "
+                f"no progress for {UMOUNT_PROGRESS_DEADLINE_S:g} s, still mounted: {waits} "
                 f"({values['last_error'] or 'network does not answer'}); "
                 "`dcsfs umount --detach` leaves them for the next mount"
             )
         time.sleep(0.1)  # noqa: TID251 -- a command line, not the event loop
+
+
+class _Progress:
+    """What is left to send: a line that changes on a terminal, one every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._began = self._shown_at = time.monotonic()
+        self._first = -1
+        self._is_open = False
+
+    def show(self, left: int, operations: int) -> None:
+        """`left` bytes and so many operations are not committed yet."""
+        now = time.monotonic()
+        self._first = max(self._first, left)
+        if now - self._shown_at < (0.1 if self._is_terminal else 10.0):
+            return
+        self._shown_at = now
+        rate = (self._first - left) / (now - self._began)
+        text = f"waiting for the network: {format_size(left)} and {operations} changes to send"
+        if rate > 0:
+            text += f", {format_size(int(rate))}/s, {left / rate:.0f} s left"
+        click.echo(
+            f"\r\x1b[K{text}" if self._is_terminal else text, err=True, nl=not self._is_terminal
+        )
+        self._is_open = self._is_terminal
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._is_open:
+            click.echo("", err=True)
 
 
 def _wait_for_exit(pid: int) -> None:

@@ -26,6 +26,7 @@ from dcsfs.uplink.inspect import describe_placement
 from network.control import Reply
 from network.errors import InvalidArgument, NotFound
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
+from network.process import notify_service_manager
 from network.rpc import ConnectionPool
 from network.runtime import Runtime, SystemRuntime
 
@@ -180,6 +181,10 @@ class MountDaemon:
                 mark = self._progress_mark()
                 if mark != level:
                     level, since = mark, trio.current_time()
+                    notify_service_manager(
+                        f"EXTEND_TIMEOUT_USEC={int(2e6 * UMOUNT_PROGRESS_DEADLINE_S)}\n"
+                        f"STATUS={mounted.volume.dirty_bytes} bytes to send"
+                    )
                 if trio.current_time() - since > UMOUNT_PROGRESS_DEADLINE_S:
                     break
             nursery.cancel_scope.cancel()
