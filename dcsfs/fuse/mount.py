@@ -1,5 +1,6 @@
 """The mount daemon: a volume, the FUSE session, the control socket, and their orderly end."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -25,10 +26,10 @@ from dcsfs.fuse.operations import DcsOperations
 from dcsfs.uplink.inspect import describe_placement
 from network.control import Reply
 from network.errors import InvalidArgument, NotFound
-from network.limits import UMOUNT_PROGRESS_DEADLINE_S
+from network.limits import CACHE_SPACE_DEADLINE_S, UMOUNT_PROGRESS_DEADLINE_S
 from network.process import notify_service_manager
 from network.rpc import ConnectionPool
-from network.runtime import Runtime, SystemRuntime
+from network.runtime import Runtime, SystemRuntime, with_deadline
 
 log = logging.getLogger(__name__)
 
@@ -236,8 +237,28 @@ class MountDaemon:
             "recent_errors": operations.recent_errors,
         }
 
+    async def _push_kernel_pages(self) -> None:
+        """With its write-back cache the kernel may still hold what programs have written."""
+
+        def push() -> None:
+            descriptor = os.open(self._options.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+                    raise OSError(ctypes.get_errno(), "syncfs")
+            finally:
+                os.close(descriptor)
+
+        if self._operations is not None and self._operations.enable_writeback_cache:
+            # In a thread: it ends when this very process has answered the kernel's writes.
+            await with_deadline(
+                CACHE_SPACE_DEADLINE_S,
+                "writing the kernel's pages",
+                lambda: trio.to_thread.run_sync(push, abandon_on_cancel=True),
+            )
+
     async def _sync(self, request: dict[str, Any]) -> Reply:
         assert self._mounted is not None
+        await self._push_kernel_pages()
         if not await self._drain_with_progress():
             reason = self._mounted.writeback.last_error if self._mounted.writeback else ""
             raise InvalidArgument(

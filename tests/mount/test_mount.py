@@ -282,6 +282,22 @@ def test_exclusive_mount_uses_the_kernels_write_back_cache(net, mount_of):
     mount.umount()
 
 
+def test_sync_takes_what_the_kernel_still_holds(net, mount_of):
+    bucket = net.bucket("held")
+    mount, reader = mount_of(bucket), mount_of(bucket, "-ro")
+    mount.mount(",exclusive")
+    with (mount.point / "open").open("wb", buffering=0) as handle:
+        for number in range(50):
+            handle.write(b"%4096d" % number)
+        mount.sync()
+        assert mount.status()["dirty_bytes"] == 0
+        reader.mount(",ro")
+        expected = b"".join(b"%4096d" % number for number in range(50))
+        assert (reader.point / "open").read_bytes() == expected
+    reader.umount()
+    mount.umount()
+
+
 def test_sigterm_unmounts_and_flushes(net, mount_of):
     mount = mount_of(net.bucket("sigterm"))
     mount.mount()
