@@ -26,8 +26,9 @@ from network.limits import (
     ORDER_STEP_BYTES,
     PIECE_PROGRESS_DEADLINE_S,
 )
-from network.messages import GET_PIECE, GetPieceRequest, PieceGrant, PieceInfo, SegmentGrant
+from network.messages import PieceGrant, SegmentGrant
 from network.orders import Order, sign_order
+from network.piecemessages import GET_PIECE, GetPieceRequest, PieceInfo
 from network.redundancy import RedundancyScheme, SegmentLayout
 from network.rpc import ConnectionPool, check_reply
 from network.runtime import ProgressDeadline

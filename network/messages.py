@@ -23,7 +23,6 @@ from network.limits import (
     APPLY_DEADLINE_S,
     APPLY_OPERATIONS_MAX,
     ENCRYPTED_NAME_BYTES_MAX,
-    FRAME_BODY_BYTES_MAX,
     LIST_PAGE_ENTRIES_MAX,
     LOCATE_SEGMENTS_MAX,
     MACAROON_BYTES_MAX,
@@ -35,8 +34,8 @@ from network.limits import (
     XATTR_VALUE_BYTES_MAX,
     XATTRS_PER_INODE_MAX,
 )
-from network.method import Method, StreamEnd
-from network.orders import HashPath, Order, OrderLimit, Receipt, SignedRoot
+from network.method import Method
+from network.orders import OrderLimit, Receipt, SignedRoot
 
 ApiKey = Annotated[bytes, Max(MACAROON_BYTES_MAX)]
 BucketName = Annotated[str, Max(63)]
@@ -701,82 +700,6 @@ class SetQuotaResponse:
     used_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class PutPieceRequest:
-    """Open an upload; DATA frames of whole shares follow, then a FinishPiece as DATA header."""
-
-    limit: OrderLimit
-    proof: SignedRoot
-    order: Order
-    share_size: int
-    """Bytes of the first share; all but the last are equal."""
-    share_count: int
-    piece_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class FinishPiece:
-    """What the shares must add up to, and the piece's place in its segment."""
-
-    index: int
-    total: int
-    piece_root: Hash
-    segment_root: Hash
-    path: HashPath
-
-
-@dataclass(frozen=True, slots=True)
-class GetPieceRequest:
-    """Read shares [first, first + count) of a piece."""
-
-    limit: OrderLimit
-    proof: SignedRoot
-    order: Order
-    first: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class PieceInfo:
-    """Geometry, hashes and path of a piece: the header before its shares."""
-
-    index: int
-    total: int
-    share_size: int
-    share_count: int
-    piece_bytes: int
-    share_hashes: Annotated[bytes, Max(32 * 64)]
-    path: HashPath
-
-
-@dataclass(frozen=True, slots=True)
-class DeletePieceRequest:
-    """Delete a piece under a DELETE limit."""
-
-    limit: OrderLimit
-    proof: SignedRoot
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """A node's own counts; only for the node's own identity."""
-
-    node_id: NodeID
-    host: Text
-    port: int
-    capacity_bytes: int
-    stored_bytes: int
-    """Piece bytes and hash data, as DESIGN settles it."""
-    pieces: int
-    unsettled_orders: int
-    satellite: Text
-    served_bytes: int
-    received_bytes: int
-    syncs: int
-
-
-assert FRAME_BODY_BYTES_MAX >= 4 * 65552
-
 PROJECT = Method(16, ProjectRequest, ProjectResponse)
 CREATE_BUCKET = Method(17, CreateBucketRequest, BucketInfo)
 GET_BUCKET = Method(18, BucketRequest, BucketInfo)
@@ -799,8 +722,3 @@ CHECK_IN = Method(34, CheckInRequest, CheckInResponse)
 SATELLITE_STATUS = Method(35, Empty, SatelliteStatus)
 FIND_PATH = Method(38, InodeRequest, PathResponse)
 SET_QUOTA = Method(39, SetQuotaRequest, SetQuotaResponse)
-
-PUT_PIECE = Method(64, PutPieceRequest, StreamEnd, 600.0)
-GET_PIECE = Method(65, GetPieceRequest, StreamEnd, 600.0)
-DELETE_PIECE = Method(66, DeletePieceRequest, Empty)
-NODE_STATUS = Method(67, Empty, NodeStatus)

@@ -21,8 +21,9 @@ from network.limits import (
     PIECE_PROGRESS_DEADLINE_S,
     PUT_FRAME_SHARES,
 )
-from network.messages import PUT_PIECE, FinishPiece, PieceGrant, PutPieceRequest, StoredPiece
+from network.messages import PieceGrant, StoredPiece
 from network.orders import Receipt, sign_order, verify_receipt
+from network.piecemessages import PUT_PIECE, FinishPiece, PutPieceRequest
 from network.redundancy import RedundancyScheme
 from network.rpc import DATA, ConnectionPool, check_reply
 from network.runtime import ProgressDeadline, with_deadline

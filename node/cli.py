@@ -15,6 +15,7 @@ from network import messages
 from network.errors import InvalidArgument
 from network.files import DirectoryLock
 from network.identity import PeerAddress
+from network.piecemessages import NODE_STATUS, NodeStatus
 from network.process import (
     ErrorGroup,
     configure_logging,
@@ -99,10 +100,10 @@ def status(directory: Path, as_json: bool) -> None:
     settings, identity = NodeConfig.load(directory), load_identity(directory)
     address = PeerAddress(identity.id, settings.listen_host, settings.listen_port)
 
-    async def ask() -> messages.NodeStatus:
+    async def ask() -> NodeStatus:
         pool = ConnectionPool(SystemRuntime(), identity)
         try:
-            return await pool.call(address, messages.NODE_STATUS, messages.Empty())
+            return await pool.call(address, NODE_STATUS, messages.Empty())
         finally:
             pool.close()
 

@@ -30,15 +30,7 @@ from network.limits import (
     RECORD_BYTES,
     STRIPES_MAX,
 )
-from network.messages import (
-    DeletePieceRequest,
-    Empty,
-    FinishPiece,
-    GetPieceRequest,
-    NodeStatus,
-    PieceInfo,
-    PutPieceRequest,
-)
+from network.messages import Empty
 from network.orders import (
     Action,
     Order,
@@ -51,6 +43,18 @@ from network.orders import (
     verify_order,
 )
 from network.piecehash import piece_root, share_hash, verify_piece_path
+from network.piecemessages import (
+    DELETE_PIECE,
+    GET_PIECE,
+    NODE_STATUS,
+    PUT_PIECE,
+    DeletePieceRequest,
+    FinishPiece,
+    GetPieceRequest,
+    NodeStatus,
+    PieceInfo,
+    PutPieceRequest,
+)
 from network.rpc import DATA, OK, Call, ConnectionPool, Server
 from network.runtime import Listener, ProgressDeadline, Runtime, now_s, with_deadline
 from node.config import NodeConfig
@@ -155,10 +159,10 @@ class Node:
         self._server = Server(
             identity,
             {
-                messages.PUT_PIECE.code: (messages.PUT_PIECE, self._put),
-                messages.GET_PIECE.code: (messages.GET_PIECE, self._get),
-                messages.DELETE_PIECE.code: (messages.DELETE_PIECE, self._delete),
-                messages.NODE_STATUS.code: (messages.NODE_STATUS, self._status),
+                PUT_PIECE.code: (PUT_PIECE, self._put),
+                GET_PIECE.code: (GET_PIECE, self._get),
+                DELETE_PIECE.code: (DELETE_PIECE, self._delete),
+                NODE_STATUS.code: (NODE_STATUS, self._status),
             },
             FRAME_HEADER_BYTES_NODE,
         )

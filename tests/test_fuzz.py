@@ -11,6 +11,7 @@ from dcsfs.cli.common import parse_address
 from dcsfs.cli.mount_cmd import parse_options
 from dcsfs.uplink.packing import decode_directory
 from network import messages as m
+from network import piecemessages as p
 from network.codec import unpack
 from network.errors import DcsError, IntegrityError, InvalidArgument, ProtocolError
 from network.identity import Certificate, Identity, PeerAddress
@@ -48,10 +49,10 @@ def test_binary_parsers_raise_their_error_only(data):
         Identity.decode(data)
     with contextlib.suppress(IntegrityError):
         decode_directory(bytes(32), SegmentID(bytes(16)), data)
-    methods = [value for value in vars(m).values() if isinstance(value, Method)]
-    assert len(methods) == 24
+    methods = [v for module in (m, p) for v in vars(module).values() if isinstance(v, Method)]
+    assert len(methods) == 26
     types = {t for method in methods for t in (method.request, method.response)}
-    for cls in (*types, PieceRecord, Caveat, m.FinishPiece, m.PieceInfo):
+    for cls in (*types, PieceRecord, Caveat, p.FinishPiece, p.PieceInfo):
         if cls.__name__ != "StreamEnd":
             with contextlib.suppress(ProtocolError):
                 unpack(cls, data)

@@ -11,7 +11,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from network import merkle, messages
+from network import merkle, messages, piecemessages
 from network.codec import Max, pack, unpack
 from network.erasure import code_for
 from network.errors import (
@@ -67,7 +67,7 @@ def test_codec_field_out_of_bounds_is_protocol_error(bad):
 def test_codec_any_bytes_decode_or_raise_protocol_error(data):
     for cls in (
         messages.ApplyRequest,
-        messages.PutPieceRequest,
+        piecemessages.PutPieceRequest,
         messages.SegmentGrant,
         messages.ListResponse,
         _Sample,

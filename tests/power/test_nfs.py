@@ -1,12 +1,6 @@
 """The kernel's NFS server exports a mount; its clients' handles outlive the mount."""
 
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
-
-from tests.power.machine import Machine
 
 pytestmark = pytest.mark.power
 
@@ -38,15 +32,6 @@ cd /tmp; cat /tmp/mount/one/two/three/file5 >{shared}/third
 ls /tmp/mount/one/two >{shared}/names
 umount /tmp/client; stop; touch {shared}/ended
 """
-
-
-@pytest.fixture
-def machine():
-    base = Path(tempfile.mkdtemp(prefix="dcsfs-nfs-", dir="/var/tmp"))
-    found = Machine(base)
-    yield found
-    found.cut_power()
-    shutil.rmtree(base)
 
 
 def test_an_nfs_client_goes_on_after_the_mount_was_made_anew(machine):

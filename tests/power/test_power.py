@@ -2,15 +2,11 @@
 
 import json
 import random
-import shutil
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 
 from tests.crash.manifest import Manifest
-from tests.power.machine import Machine
 
 ROUNDS = 10
 pytestmark = pytest.mark.power
@@ -29,15 +25,6 @@ WRITE = """
 python tests/crash/writer.py /tmp/mount {seed} >{shared}/lines
 """
 END = "dcsfs umount /tmp/mount && touch {shared}/ended\n"
-
-
-@pytest.fixture
-def machine():
-    base = Path(tempfile.mkdtemp(prefix="dcsfs-power-", dir="/var/tmp"))
-    found = Machine(base)
-    yield found
-    found.cut_power()
-    shutil.rmtree(base)
 
 
 def lines_of(machine):
