@@ -234,7 +234,7 @@ class Directories:
         page, more = await self._page(directory, after, PAGE_ENTRIES)
         end = page[-1][0].dentry_id if more else FILE_BYTES_MAX
         found: dict[int, Dentry] = {}
-        is_ours = not (volume.is_read_only or volume.is_shared)
+        is_ours = directory.number in volume.pending_inodes() and not volume.is_shared
         if is_ours:
             found = {
                 dentry.dentry_id: dentry

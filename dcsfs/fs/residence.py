@@ -57,9 +57,7 @@ class Residence:
         if excess <= 0:
             return 0
         before = min(self._running, default=volume.sweeps - 1)
-        pending: set[int] = set(volume.open_batch.touched)
-        for batch in volume.queue:
-            pending.update(batch.touched)
+        pending = volume.pending_inodes()
         idle = [
             inode
             for inode in volume.inodes.values()
@@ -80,7 +78,9 @@ class Residence:
         A directory that the kernel knows stays: it may know names in it, too, and those are
         needed to have it forget them.
         """
-        if inode is self._volume.root or inode.is_stub or inode.open_count or inode.layers:
+        if inode is self._volume.root or inode is self._mounted_root() or inode.is_stub:
+            return False
+        if inode.open_count or inode.layers:
             return False
         if inode.nlink == 0 or not inode.seal:
             return False

@@ -136,6 +136,13 @@ class Volume:
             len(batch.operations) + len(batch.touched) for batch in (*self.queue, self.open_batch)
         )
 
+    def pending_inodes(self) -> set[int]:
+        """Inodes with changes, or names in them with changes, that are not committed yet.
+
+        New ones are not among them: they have no seal.
+        """
+        return {number for batch in (*self.queue, self.open_batch) for number in batch.touched}
+
     def get(self, number: int) -> Inode:
         """An inode the kernel knows; NotInMemory for one that has to be loaded first."""
         inode = self.inodes.get(number)

@@ -331,6 +331,24 @@ async def test_a_file_handle_outlives_the_mount(tmp_path, autojump_clock, monkey
             assert caught.value.errno == errno.ESTALE
 
 
+async def test_the_root_of_a_subtree_mount_stays(tmp_path, autojump_clock, monkeypatch):
+    async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as mount:
+        fs = mount.filesystem
+        top = await fs.create_node(fs.root.number, b"top", Kind.DIRECTORY, 0o755, CALLER)
+        fs.root = top
+        kernel = Kernel(mount, monkeypatch, limit=0)
+        number = await kernel.create(FUSE_ROOT, b"f")
+        await mount.drain()
+        for _ in range(3):
+            kernel.residence.sweep()
+        assert mount.volume.parted == {number: 1}
+        assert await kernel.lookup(FUSE_ROOT, b"f") == number
+        assert await kernel.listing(FUSE_ROOT, 5) == [(b"f", number)]
+        for _ in range(3):
+            kernel.residence.sweep()
+        assert (await kernel.operations.getattr(number, CTX)).st_ino == number
+
+
 async def test_on_a_shared_bucket_an_evicted_inode_is_invalidated_and_loaded_as_it_is(
     tmp_path, autojump_clock, monkeypatch
 ):
