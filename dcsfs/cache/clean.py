@@ -189,7 +189,7 @@ class CleanCache:
     def _open(directory: Path, size_bytes: int) -> diskcache.Cache:
         settings: dict[str, Any] = {
             "size_limit": size_bytes,
-            "eviction_policy": "least-recently-stored",
+            "eviction_policy": "least-recently-used",
             "cull_limit": 32,
             "sqlite_synchronous": 0,
             "statistics": 0,

@@ -85,7 +85,8 @@ class MountDaemon:
             self._operations = operations
             self._init_fuse(operations)
             descriptor = readiness.fuse_descriptor()
-            if mounted.coherence is not None and descriptor is not None:
+            assert descriptor is not None, "pyfuse3.init has opened /dev/fuse"
+            if mounted.coherence is not None:
                 mounted.coherence.kernel = FuseKernelCaches(mounted.filesystem, descriptor)
             try:
                 await self._serve(on_ready)

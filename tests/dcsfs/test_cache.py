@@ -194,6 +194,18 @@ async def test_clean_cache_keeps_evicts_and_survives_a_restart(tmp_path):
     again.close()
 
 
+async def test_clean_cache_lets_go_of_what_was_not_read_for_longest(tmp_path):
+    cache = CleanCache(tmp_path, 64 << 20, MemoryRuntime())
+    data = os.urandom(RUN_RECORDS * RECORD_BYTES)
+    names = [ExtentID(bytes([number]) * 16) for number in range(100)]
+    for number, name in enumerate(names):
+        await cache.put([(name, 0, [memoryview(data)])])
+        assert await cache.get(names[0], 0) == data, number  # read again and again: it stays
+    assert await cache.get(names[1], 0) is None
+    assert await cache.get(names[-1], 0) == data
+    cache.close()
+
+
 async def test_clean_cache_slot_in_use_is_not_given_to_another_run(tmp_path):
     cache = CleanCache(tmp_path, 40 << 20, MemoryRuntime())
     disk = cache._disk
