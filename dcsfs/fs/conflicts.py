@@ -8,7 +8,7 @@ batch is sent again.
 
 import logging
 import socket
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -238,36 +238,51 @@ class Conflicts:
             inode.seal = fresh.seal
 
     async def settle_overtaken(self, batch: Batch) -> None:
-        """Before it is sent: put aside what would undo what others have done to the same file.
-
-        Content goes beside theirs. A file they have written to since is not removed or replaced.
-        """
+        """Put content aside, before it is sent, where others have changed the same file."""
         for number in list(batch.layers):
             inode = batch.touched[number]
             if not inode.is_reaped and inode.content_version:
                 await self._settle_content(batch, number)
+
+    async def spare(self, batch: Batch) -> None:
+        """Leave out, before it is committed, what would undo what others have done since.
+
+        A file they have written to is not removed or replaced, nor does one that has a name here
+        lose the last one it has there. Once per batch, when those before it are committed.
+        """
+        if not batch.is_overtaken or batch.is_spared:
+            return
         kept: list[m.Operation] = []
+        links: Counter[int] = Counter()
         for operation in batch.operations:
             loser = m.loses_a_name(operation)
-            if loser and await self._is_newer_there(batch, loser):
-                kept += await self._spare(operation, kept)
-            else:
-                kept.append(operation)
-        batch.operations = kept
+            if loser and await self._is_needed(batch, loser, links[loser]):
+                kept += await self._without_loss(operation, kept)
+                continue
+            kept.append(operation)
+            links[loser] -= 1
+            if isinstance(operation, m.Link):
+                links[operation.inode] += 1
+        batch.operations, batch.is_spared = kept, True
 
-    async def _is_newer_there(self, batch: Batch, number: int) -> bool:
-        """Whether others have written to a file that loses a name in this batch."""
+    async def _is_needed(self, batch: Batch, number: int, change: int) -> bool:
+        """Whether an inode must keep a name; `change`: links it has had and lost in the batch."""
         request = m.InodeRequest(self._client.api_key, self._client.bucket, number)
         try:
             record = await self._client.call(m.GET_INODE, request)
         except NotFound:
             return False
-        return record.content_version > batch.losers.get(number, 0)
+        inode = self._volume.inodes.get(number)
+        is_alive = inode is not None and inode.nlink > 0 and not inode.is_reaped
+        is_last = record.nlink + change <= 1
+        return record.content_version > batch.losers.get(number, 0) or (is_alive and is_last)
 
-    async def _spare(self, operation: m.Operation, before: list[m.Operation]) -> list[m.Operation]:
+    async def _without_loss(
+        self, operation: m.Operation, before: list[m.Operation]
+    ) -> list[m.Operation]:
         if isinstance(operation, m.Rename):
             return await self._rename_beside(operation, before)
-        return self._left_out(operation, "others have written to the file since")
+        return self._left_out(operation, "others have changed the file since")
 
     async def _settle_content(self, batch: Batch, number: int) -> bool:
         inode, layer = batch.touched[number], batch.layers[number]

@@ -65,6 +65,8 @@ class Batch:
     """Set once its content is on the nodes."""
     is_overtaken: bool = False
     """Made under a lease that was taken: what contradicts others becomes conflict copies."""
+    is_spared: bool = False
+    """Nothing in it undoes what others have done since."""
 
     def __bool__(self) -> bool:
         return bool(self.operations or self.touched)

@@ -176,6 +176,9 @@ class Writeback:
                 continue
             try:
                 async with self._commit_lock:
+                    if not await self._is_ready(batch):
+                        self._announce()
+                        continue
                     await self._commit(batch)
                     self._volume.queue.popleft()
             except Refused as refused:
@@ -201,6 +204,11 @@ class Writeback:
             self.drain_rate.note(batch.data_bytes, trio.current_time())
             self.last_error, self.refusal, delay = "", None, RETRY_FIRST_S
             self._announce()
+
+    async def _is_ready(self, batch: Batch) -> bool:
+        """Whether a batch may be committed now: settling another may have unmade its content."""
+        await self.conflicts.spare(batch)
+        return batch.prepared is not None
 
     async def _settled(self, batch: Batch, refused: Refused) -> bool:
         """Whether a refused batch has been changed so that it may go now."""

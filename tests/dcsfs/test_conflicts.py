@@ -9,7 +9,8 @@ from network.messages import Kind
 from tests.dcsfs.test_filesystem import CALLER, bucket_world, mounted, read_file
 from tests.dcsfs.test_shared import cuttable, until
 
-PLACES = (b"", b"d0", b"d1")
+TOP = b"."
+"""How the user below calls the bucket's root."""
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +19,18 @@ def _world_directory(tmp_path):
 
 
 class Side:
-    """One mount's user: random work on files whose content is never the same twice."""
+    """One mount's user: random work on files whose content is never the same twice.
 
-    def __init__(self, mount, places, tag, seed, files=()):
-        self.mount, self.places, self.tag = mount, places, tag
+    There is one level of directories; a file is known by its directory's name and its own.
+    """
+
+    def __init__(self, mount, tag, seed, places=(), files=()):
+        self.mount, self.tag = mount, tag
         self.random = random.Random(seed)
+        self.places = dict(places)
+        """Name of a directory -> its inode's number."""
         self.files = dict(files)
-        """(place, name) -> content, as this user has left it."""
+        """(directory, name) -> content, as this user has left it."""
         self.made = set()
         self.count = 0
 
@@ -35,9 +41,9 @@ class Side:
         self.made.add(content)
         return content
 
-    async def _write(self, place, name, content, *, truncate=True):
+    async def _write(self, place, name, content):
         fs = self.mount.filesystem
-        flags = os.O_WRONLY | (os.O_TRUNC if truncate else 0)
+        flags = os.O_WRONLY | os.O_TRUNC
         handle, _ = await fs.create(self.places[place], name, 0o644, flags, CALLER)
         await fs.write(handle, 0, content)
         await fs.flush(handle)
@@ -45,10 +51,12 @@ class Side:
 
     async def step(self):
         r, fs = self.random, self.mount.filesystem
-        place, there = r.randrange(3), r.randrange(3)
+        place, there = r.choice(sorted(self.places)), r.choice(sorted(self.places))
         name, other = b"n%d" % r.randrange(4), b"n%d" % r.randrange(4)
         here, to = (place, name), (there, other)
-        match r.choice(("save", "save", "save aside", "unlink", "rename", "link")):
+        directory = b"d%d" % r.randrange(5)
+        match r.choice(("save", "save", "save", "save aside", "save aside", "unlink", "rename",
+                        "link", "mkdir", "rmdir", "move")):  # fmt: skip
             case "save":
                 content = self._content()
                 await self._write(place, name, content)
@@ -70,19 +78,43 @@ class Side:
                 inode = await fs.directories.lookup(self.places[place], name)
                 await fs.link(inode.number, self.places[there], other)
                 self.files[to] = self.files[here]
+            case "mkdir" if directory not in self.places:
+                made = await fs.create_node(
+                    self.places[TOP], directory, Kind.DIRECTORY, 0o755, CALLER
+                )
+                self.places[directory] = made.number
+            case "rmdir" if directory in self.places and not self._in(directory):
+                await fs.rmdir(self.places[TOP], directory)
+                del self.places[directory]
+            case "move" if directory in self.places and not self._in(there) and there != TOP:
+                await self._move(directory, there)
+
+    async def _move(self, directory, to):
+        """Rename a directory over an empty one."""
+        if directory == to:
+            return
+        top = self.places[TOP]
+        await self.mount.filesystem.rename(top, directory, top, to, 0)
+        self.places[to] = self.places.pop(directory)
+        for name in self._in(directory):
+            self.files[to, name] = self.files.pop((directory, name))
+
+    def _in(self, directory):
+        return [name for place, name in self.files if place == directory]
 
     def _same_file(self, key):
         return [k for k, content in self.files.items() if content == self.files.get(key)]
 
 
-async def contents(mount, places):
-    """{(place, name): content} of everything in the places."""
+async def contents(mount, number=None, prefix=TOP):
+    """{(directory, name): content} of every file there is."""
     fs, found = mount.filesystem, {}
-    for index, number in enumerate(places):
-        for entry in await fs.directories.read(number):
-            if entry.kind is Kind.FILE:
-                inode = await fs.directories.lookup(number, entry.name)
-                found[index, entry.name] = await read_file(fs, inode)
+    for entry in await fs.directories.read(number or fs.root.number):
+        inode = await fs.directories.lookup(number or fs.root.number, entry.name)
+        if inode.is_directory:
+            found |= await contents(mount, inode.number, entry.name)
+        else:
+            found[prefix, entry.name] = await read_file(fs, inode)
     return found
 
 
@@ -94,45 +126,44 @@ async def test_random_work_apart_keeps_what_either_side_saved(
     async with bucket_world(tmp_path, seed=seed) as world:
         async with cuttable(world, tmp_path, "away") as (runtime, away):
             root = away.filesystem.root.number
-            places = [root]
-            for name in PLACES[1:]:
-                made = await away.filesystem.create_node(root, name, Kind.DIRECTORY, 0o755, CALLER)
-                places.append(made.number)
-            one = Side(away, places, b"away", seed)
-            for _ in range(20):
+            one = Side(away, b"away", seed, {TOP: root})
+            for _ in range(30):
                 await one.step()
             await away.drain()
-            base = dict(one.files)
-            assert await contents(away, places) == base
+            base, places = dict(one.files), dict(one.places)
+            assert await contents(away) == base
             one.made.clear()
             runtime.cut()
-            for _ in range(25):
+            for _ in range(30):
                 await one.step()
-            assert await contents(away, places) == one.files
+            assert await contents(away) == one.files
             await away.filesystem.fsync(root)
             async with mounted(world, tmp_path, "stayed") as stayed:
-                two = Side(stayed, places, b"stayed", seed + 1000, base)
-                for _ in range(25):
+                two = Side(stayed, b"stayed", seed + 1000, places, base)
+                for name in sorted(places):
+                    if name != TOP:
+                        await stayed.filesystem.directories.lookup(root, name)
+                for _ in range(30):
                     await two.step()
-                assert await contents(stayed, places) == two.files
+                assert await contents(stayed) == two.files
                 if not crashes:
                     runtime.is_cut = False
                     await until(lambda: away.volume.is_shared and not away.volume.has_backlog, 300)
                     await away.drain()
                     await stayed.drain()
-                    await check(base, one, two, [away, stayed], places)
+                    await check(base, one, two, [away, stayed])
                 else:
                     await stayed.drain()
         if crashes:
             async with mounted(world, tmp_path, "stayed") as stayed:
                 async with mounted(world, tmp_path, "away") as away:
                     await away.drain()
-                    await check(base, one, two, [away, stayed], places)
+                    await check(base, one, two, [away, stayed])
 
 
-async def check(base, one, two, mounts, places):
-    merged = await contents(mounts[0], places)
-    assert merged == await contents(mounts[1], places)
+async def check(base, one, two, mounts):
+    merged = await contents(mounts[0])
+    assert merged == await contents(mounts[1])
     there = set(merged.values())
     for side in (one, two):
         for key, content in side.files.items():
