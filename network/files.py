@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import socket
 from pathlib import Path
 
 from network.errors import InvalidArgument
@@ -54,19 +55,19 @@ class DirectoryLock:
     """An exclusive lock on a directory for the life of the process that took it."""
 
     def __init__(self, directory: Path, what: str) -> None:
-        """Take the lock; raises InvalidArgument naming the holder's pid when it is taken."""
+        """Take the lock; raises InvalidArgument naming pid and host of who has it."""
         path = directory / "lock"
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._descriptor, 64, 0).decode(errors="replace").strip()
+            holder = os.pread(self._descriptor, 300, 0).decode(errors="replace").strip()
             os.close(self._descriptor)
             raise InvalidArgument(
                 f"{what} {directory} is in use by process {holder or 'unknown'}"
             ) from None
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(self._descriptor, f"{os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the directory free."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -108,7 +109,10 @@ async def test_exclusive_mounts_share_with_nobody_and_say_with_whom(tmp_path, au
                 with pytest.raises(BucketBusy, match=f"exclusively on .*process {os.getpid()}"):
                     async with mounted(world, tmp_path, "other", is_exclusive=exclusive):
                         pass
-            with pytest.raises(InvalidArgument, match="in use by process"):
+            with pytest.raises(
+                InvalidArgument,
+                match=f"in use by process {os.getpid()} on host {socket.gethostname()}",
+            ):
                 async with mounted(world, tmp_path):
                     pass
             async with mounted(world, tmp_path, "reader", read_only=True) as reading:
