@@ -4,11 +4,12 @@ A bucket is opened as a volume with a private cache directory, so the library ha
 semantics and its guarantees: a write is committed when `sync` (or the end of the block) returns.
 """
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from dcsfs.fs.errors import FsError
 from dcsfs.fs.mounted import Mounted, VolumeOptions, close_session, open_volume
 from dcsfs.fs.state import Inode
 from dcsfs.uplink import buckets
-from network.errors import InvalidArgument, IsADirectory, NotADirectory, NotFound
+from network.errors import (
+    InvalidArgument,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    QuotaExceeded,
+    Unavailable,
+)
 from network.messages import Kind
 from network.rpc import ConnectionPool
 from network.runtime import Runtime, SystemRuntime
@@ -134,7 +142,8 @@ class Bucket:
         """Write a whole file, replacing what is there; returns its size in bytes.
 
         Parents are made. The new content appears under the name only when it is complete: it is
-        written beside it and renamed. Committed by the next `sync`.
+        written beside it and renamed. Committed by the next `sync`. Raises QuotaExceeded, and
+        Unavailable when there is no room on the local disk.
         """
         parts = _parts(path)
         if not parts:
@@ -146,11 +155,15 @@ class Bucket:
         )
         try:
             size = 0
-            async for part in _pieces(data):
-                size += await self._fs.write(handle, size, part)
-        except BaseException:
+            async with aclosing(_pieces(data)) as pieces:
+                async for part in pieces:
+                    size += await self._fs.write(handle, size, part)
+        except BaseException as error:
             with trio.CancelScope(shield=True), trio.move_on_after(5):
                 await self._fs.unlink(parent.number, aside)
+            if isinstance(error, FsError):
+                kind = QuotaExceeded if error.errno == errno.EDQUOT else Unavailable
+                raise kind(f"{path!r} was not written: {error}") from error
             raise
         finally:
             self._fs.release(handle)
@@ -191,8 +204,11 @@ class Bucket:
             await self._fs.unlink(parent.number, os.fsencode(parts[-1]))
 
     async def sync(self) -> None:
-        """Return once everything written is committed at the satellite."""
-        await self.mounted.drain()
+        """Return once everything written is committed at the satellite.
+
+        Raises QuotaExceeded, PermissionDenied, Unauthenticated when it will not be.
+        """
+        await self.mounted.filesystem.sync_everything(or_refusal=True)
 
 
 class Project:
@@ -287,7 +303,7 @@ def _info(path: str, inode: Inode) -> FileInfo:
     )  # fmt: skip
 
 
-async def _pieces(data: bytes | AsyncIterable[bytes]) -> AsyncIterator[memoryview]:
+async def _pieces(data: bytes | AsyncIterable[bytes]) -> AsyncGenerator[memoryview, None]:
     if isinstance(data, bytes):
         view = memoryview(data)
         for start in range(0, len(view), READ_BYTES):

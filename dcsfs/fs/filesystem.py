@@ -578,7 +578,7 @@ class FileSystem:
         self._report_refusal(self.volume.get(number))
         if self.sync_to_network:
             assert self._writeback is not None
-            await self._writeback.drain()
+            await self._writeback.drain(or_refusal=True)
 
     def release(self, handle: int) -> None:
         """Close a handle; the last one of an unlinked file drops its content."""
@@ -590,8 +590,8 @@ class FileSystem:
         if found.inode.is_reaped and found.inode.lookup_count <= 0:
             self.volume.inodes.pop(found.inode.number, None)
 
-    async def sync_everything(self) -> None:
-        """Return once everything is committed at the satellite (`dcsfs sync`)."""
+    async def sync_everything(self, *, or_refusal: bool = False) -> None:
+        """Return once everything is committed at the satellite (`dcsfs sync`); see `drain`."""
         if self._writeback is not None:
             await self.volume.log.sync()
-            await self._writeback.drain()
+            await self._writeback.drain(or_refusal=or_refusal)

@@ -92,6 +92,7 @@ class Writeback:
         self._uploading: set[int] = set()
         self._progress = trio.Event()
         self.last_error = ""
+        self._refusals = 0
         self.refusal: DcsError | None = None
         """Why the network will not take what is staged until somebody does something about it."""
         self.flushed_batches = 0
@@ -158,6 +159,7 @@ class Writeback:
         self.last_error = str(error)
         if isinstance(error, PermissionDenied | Unauthenticated | QuotaExceeded):
             self.refusal = error
+            self._refusals += 1
         log.warning("flush failed, data stays safe in the local log: %s", error)
         self._announce()
         retry = self._retry
@@ -249,6 +251,10 @@ class Writeback:
         """Flush what there is now, whatever its age and size."""
         self._volume.open_batch.is_demanded = bool(self._volume.open_batch)
         self._demanded.set()
+        self._try_again()
+
+    def _try_again(self) -> None:
+        """What has failed is tried now, not at the end of its back-off."""
         self._retry.set()
         self._retry = trio.Event()
 
@@ -273,16 +279,21 @@ class Writeback:
             with trio.move_on_after(1.0):
                 await progress.wait()
 
-    async def drain(self) -> None:
+    async def drain(self, *, or_refusal: bool = False) -> None:
         """Return once everything changed before this call is committed at the satellite.
 
-        Waits as long as that takes; the caller sets the deadline and may cancel.
+        Waits as long as that takes; the caller sets the deadline and may cancel. With
+        `or_refusal`, tries at once and raises why the network will not take it.
         """
+        before = self._refusals
+        self._try_again()
         target = self._volume.open_batch
         waiting = [*self._volume.queue, *([target] if target else [])]
         while any(
             batch is self._volume.open_batch or batch in self._volume.queue for batch in waiting
         ):
+            if or_refusal and self.refusal is not None and self._refusals > before:
+                raise self.refusal
             if target is self._volume.open_batch:
                 self.demand()
             progress = self._progress

@@ -10,9 +10,17 @@ import trio
 from dcsfs.fs.building import Changes
 from dcsfs.fs.errors import FsError
 from dcsfs.fuse.operations import STATFS_FREE_BYTES, DcsOperations
-from network.errors import InvalidArgument, NotFound
+from dcsfs.library import Project
+from network.errors import InvalidArgument, NotFound, QuotaExceeded
 from satellite.metabase import buckets
-from tests.dcsfs.test_filesystem import CALLER, bucket_world, mounted, read_file, write_file
+from tests.dcsfs.test_filesystem import (
+    CALLER,
+    bucket_world,
+    grant_for,
+    mounted,
+    read_file,
+    write_file,
+)
 
 KB = 1000
 CTX = pyfuse3.RequestContext()
@@ -161,3 +169,41 @@ async def test_bad_quotas_are_refused(tmp_path, autojump_clock):
                 await set_quota(world, wrong)
         with pytest.raises(NotFound, match="has no bucket 'nobody'"):
             await world.database.write(lambda tx: buckets.set_quota(tx, "test", "nobody", 1))
+
+
+async def test_the_library_says_that_the_quota_is_full(tmp_path, autojump_clock):
+    async with bucket_world(tmp_path) as world:
+        await set_quota(world, 100 * KB)
+        project = Project(world.runtime, world.pool(), grant_for(world))
+        for data in (bytes(200 * KB), bytes(60 * KB)):
+            async with project.open_bucket("photos", cache_dir=tmp_path / "cache") as bucket:
+                if len(data) > 100 * KB:
+                    with pytest.raises(QuotaExceeded, match=r"'a' was not written.*bucket holds"):
+                        await bucket.write_file("a", data)
+                else:
+                    await bucket.write_file("a", data)
+                names = [info.path for info in await bucket.list_directory("")]
+                assert names == (["a"] if len(data) < 100 * KB else [])
+        async with project.open_bucket("photos", cache_dir=tmp_path / "cache") as bucket:
+            await bucket.write_file("b", bytes(30 * KB))
+            await set_quota(world, 10 * KB)
+            with trio.fail_after(60), pytest.raises(QuotaExceeded):
+                await bucket.sync()
+            await set_quota(world, 0)
+
+
+async def test_fsync_to_the_network_says_so_at_once(tmp_path, autojump_clock):
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path, sync_to_network=True) as mount,
+    ):
+        fs = mount.filesystem
+        inode = await write_file(fs, fs.root.number, b"f", bytes(300 * KB))
+        await set_quota(world, 100 * KB)
+        began = trio.current_time()
+        with pytest.raises(QuotaExceeded):
+            await fs.fsync(inode.number)
+        assert trio.current_time() - began < 10
+        await set_quota(world, 0)
+        await mount.drain()
+        await fs.fsync(inode.number)
