@@ -54,7 +54,12 @@ class Conflicts:
             return await self._settle_content(batch, operation.inode)
         if isinstance(operation, m.SetAttributes):
             return await self._settle_attributes(batch, operation.inode)
-        if not self._volume.is_shared or operation not in batch.operations:
+        if operation not in batch.operations:
+            return False
+        if isinstance(operation, m.SetXattr) and isinstance(error, NotFound):
+            batch.operations.remove(operation)  # the inode is gone: nothing is lost with it
+            return True
+        if not self._volume.is_shared:
             return False
         place = batch.operations.index(operation)
         before = batch.operations[:place]

@@ -478,6 +478,10 @@ class FileSystem:
         inode = await self.directories.fresh(number)
         if inode.is_directory:
             raise FsError(errno.EISDIR)
+        if inode.is_reaped:
+            raise FsError(
+                errno.ESTALE
+            )  # its name went after the kernel had found it: it looks again
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self.check_writable()
         if flags & os.O_TRUNC and inode.size:

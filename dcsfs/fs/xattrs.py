@@ -133,6 +133,8 @@ class Xattrs:
         self, inode: Inode, name: bytes, value: bytes | None, operation: m.SetXattr
     ) -> None:
         inode.ctime_ns = self.volume.runtime.now_ns()
+        if inode.is_reaped:
+            return  # a path that was found before its name went: the satellite has no such inode
         state = journal.XattrState(inode.number, name, value)
         self.volume.record(operation, xattrs=(state,), touched=(inode,))
 

@@ -1,5 +1,6 @@
 """The file system on a whole network in one process: round trips, recovery, tampering."""
 
+import errno
 import os
 from contextlib import asynccontextmanager
 
@@ -395,6 +396,28 @@ async def test_replay_guard_switched_off_loses_the_data(tmp_path, autojump_clock
         async with mounted(world, tmp_path) as m2:
             with pytest.raises(FsError):
                 await m2.filesystem.directories.lookup(m2.filesystem.root.number, b"new")
+
+
+async def test_a_file_that_loses_its_name_while_it_is_looked_up_holds_nothing_up(
+    tmp_path, autojump_clock
+):
+    """The kernel finds a path, another process removes it, then the first one's call arrives."""
+    async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as m1:
+        fs, root = m1.filesystem, m1.filesystem.root.number
+        inode = await write_file(fs, root, b"f", b"content")
+        inode.lookup_count += 1
+        await m1.drain()
+        await fs.unlink(root, b"f")
+        await fs.xattrs.set(inode.number, b"user.a", b"1")
+        await fs.xattrs.remove(inode.number, b"user.a")
+        await fs.set_attributes(inode.number, Changes(mode=0o600, size=3))
+        with pytest.raises(FsError) as caught:
+            await fs.open(inode.number, os.O_RDWR)
+        assert caught.value.errno == errno.ESTALE
+        await write_file(fs, root, b"g", b"goes on")
+        with trio.fail_after(60):
+            await m1.drain()
+        assert m1.writeback.last_error == ""
 
 
 async def test_reads_while_the_log_is_trimmed_see_the_right_bytes(tmp_path, autojump_clock):

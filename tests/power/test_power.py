@@ -16,7 +16,8 @@ exec 2>>{shared}/log
 dcsfs testnet up --dir /tmp/disk/net --nodes 10 --redundancy 4/6/8/10 --processes 1 >&2
 export DCSFS_ACCESS=/tmp/disk/net/access.grant
 [ -e /tmp/disk/made ] || {{ dcsfs mb dcs://lab && touch /tmp/disk/made && sync; }}
-dcsfs mount dcs://lab /tmp/mount -o cache_dir=/tmp/disk/{cache}
+mounted() {{ dcsfs mount dcs://lab /tmp/mount -o cache_dir=/tmp/disk/{cache}; }}
+mounted || mounted || mounted || {{ touch {shared}/failed; sleep 1000; }}
 python -m tests.crash.manifest /tmp/mount >{shared}/found.new && sync
 mv {shared}/found.new {shared}/found
 """
@@ -35,7 +36,9 @@ def lines_of(machine):
 
 
 def found_by(machine):
-    machine.wait_until((machine.shared / "found").exists, 200, "the mount was read")
+    found, failed = machine.shared / "found", machine.shared / "failed"
+    machine.wait_until(lambda: found.exists() or failed.exists(), 200, "the mount was read")
+    assert not failed.exists(), (machine.shared / "log").read_text(errors="replace")
     return json.loads((machine.shared / "found").read_text())
 
 
