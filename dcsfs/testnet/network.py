@@ -128,7 +128,7 @@ class TestNetwork:
         self._start_satellite(values)
         pending = []
         for number, process in enumerate(values["processes"]):
-            if not _is_alive(process["pid"]):
+            if not _is_alive(process["pid"], "node"):
                 pending.append((process, self._spawn_host(values, number)))
         for process, child in pending:
             process["pid"] = child.pid
@@ -137,7 +137,7 @@ class TestNetwork:
         self.revive(None)
 
     def _start_satellite(self, values: dict[str, Any]) -> None:
-        if _is_alive(values["satellite"]["pid"]):
+        if _is_alive(values["satellite"]["pid"], "satellite"):
             return
         child = _spawn(
             self.directory / "satellite.log", "satellite", "run", values["satellite"]["dir"]
@@ -159,7 +159,7 @@ class TestNetwork:
         values = self.load()
         live: dict[str, dict[str, Any]] = {}
         for number, process in enumerate(values["processes"]):
-            if _is_alive(process["pid"]):
+            if _is_alive(process["pid"], "node"):
                 for item in self._ask(number, "status")["nodes"]:
                     live[item["id"]] = item | {"pid": process["pid"]}
         for node in values["nodes"]:
@@ -168,7 +168,7 @@ class TestNetwork:
             node["pid"] = found.get("pid") if found["state"] != "down" else None
             for name in ("stored_bytes", "pieces", "served_bytes", "received_bytes", "syncs"):
                 node[name] = found.get(name)
-        if not _is_alive(values["satellite"]["pid"]):
+        if not _is_alive(values["satellite"]["pid"], "satellite"):
             values["satellite"]["pid"] = None
         self._save(values)
         return values
@@ -194,7 +194,7 @@ class TestNetwork:
         values = self.status()
         for number, group in self._by_process(values, names).items():
             process = values["processes"][number]
-            if not _is_alive(process["pid"]):
+            if not _is_alive(process["pid"], "node"):
                 continue
             up = {n["id"] for n in values["nodes"] if n["state"] != "down"}
             if not (up & set(process["nodes"])) - set(group):
@@ -217,7 +217,7 @@ class TestNetwork:
     def kill_satellite(self) -> None:
         """SIGKILL the satellite."""
         values = self.load()
-        if _is_alive(values["satellite"]["pid"]):
+        if _is_alive(values["satellite"]["pid"], "satellite"):
             _kill(values["satellite"]["pid"])
         values["satellite"]["pid"] = None
         self._save(values)
@@ -230,7 +230,7 @@ class TestNetwork:
         wanted = names if names is not None else [node["id"] for node in values["nodes"]]
         for number, group in self._by_process(values, wanted).items():
             process = values["processes"][number]
-            if not _is_alive(process["pid"]):
+            if not _is_alive(process["pid"], "node"):
                 child = self._spawn_host(values, number)
                 process["pid"] = child.pid
                 _wait_ready(child, self.directory / "node.log")
@@ -325,14 +325,18 @@ def _wait_ready(child: "subprocess.Popen[bytes]", log_path: Path) -> None:
     child.returncode = 0  # it lives on: nobody waits for it
 
 
-def _is_alive(pid: int | None) -> bool:
+def _is_alive(pid: int | None, *modules: str) -> bool:
+    """Whether a process of ours (of these modules, if any is named) still has this number.
+
+    After a reboot others have it: the description outlives the machine's processes.
+    """
     if not pid:
         return False
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"satellite" in command or b"node" in command
+    return command[1:2] == [b"-m"] and command[2].decode() in (modules or ("satellite", "node"))
 
 
 def _kill(pid: int) -> None:

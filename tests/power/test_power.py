@@ -8,7 +8,7 @@ import pytest
 
 from tests.crash.manifest import Manifest
 
-ROUNDS = 10
+ROUNDS = 6
 pytestmark = pytest.mark.power
 
 MOUNT = """
