@@ -478,7 +478,7 @@ class FileSystem:
         inode = await self.directories.fresh(number)
         if inode.is_directory:
             raise FsError(errno.EISDIR)
-        if inode.is_reaped:
+        if inode.is_reaped and inode.nlink == 0:
             raise FsError(
                 errno.ESTALE
             )  # its name went after the kernel had found it: it looks again
