@@ -12,6 +12,8 @@ import select
 import pyfuse3
 import trio
 
+from dcsfs.fuse.handshake import Handshake
+
 log = logging.getLogger(__name__)
 
 BURST_S = 0.005
@@ -32,12 +34,16 @@ class RequestWaiter:
         self._is_watched = False
         self._is_closed = False
         self._burst_end = 0.0
+        handshake = Handshake(descriptor)
+        self._handshake = handshake if handshake.begin() else None
 
     async def wait(self) -> bool:
         """True once a request can be read without blocking; False when the session is over.
 
         No checkpoint when one is there already and the burst is not over.
         """
+        if self._handshake is not None and self._handshake.end():
+            self._handshake = None
         if trio.current_time() < self._burst_end and (self._poll.poll(0) or self._comes_soon()):
             return True
         while self._is_watched and not self._is_closed:
@@ -71,6 +77,8 @@ class RequestWaiter:
         self._is_closed = True
         self._burst_end = 0.0
         self._parked.unpark_all()
+        if self._handshake is not None:
+            self._handshake.close()
 
 
 def install() -> RequestWaiter | None:
