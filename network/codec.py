@@ -25,6 +25,8 @@ T = TypeVar("T")
 BYTES_MAX_DEFAULT = 64 * 1024
 TEXT_MAX_DEFAULT = 4096
 ITEMS_MAX_DEFAULT = 65536
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
+"""What the databases behind the messages store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,8 @@ def _expect(raw: Wire, cls: type[Any]) -> Any:
 
 def _decode_int(raw: Wire) -> int:
     value: int = _expect(raw, int)
+    if not INTEGER_MIN <= value <= INTEGER_MAX:
+        raise ProtocolError(f"the integer {value} does not fit in 64 bits with a sign")
     return value
 
 

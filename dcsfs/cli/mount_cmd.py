@@ -15,7 +15,7 @@ from dcsfs import control
 from dcsfs.access import load_access
 from dcsfs.cli.common import find_access, parse_address
 from dcsfs.fs.mounted import CACHE_BYTES_DEFAULT, VolumeOptions
-from dcsfs.fuse.mount import MountDaemon, MountOptions, unmount_kernel
+from dcsfs.fuse.mount import MountDaemon, MountOptions, is_mount_point, unmount_kernel
 from network.errors import DcsError, InvalidArgument, Unavailable
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
 from network.process import (
@@ -237,7 +237,10 @@ def umount(detach: bool, detach_after: float | None, mountpoint: Path) -> None:
     """Unmount after everything has reached the network."""
     found = control.find_mount(mountpoint)
     if Path(found.status["mountpoint"]) != mountpoint.absolute():
-        raise InvalidArgument(f"{mountpoint} is not a mount point")
+        if not is_mount_point(mountpoint):
+            raise InvalidArgument(f"{mountpoint} is not a mount point")
+        unmount_kernel(mountpoint)  # a bind mount inside: nothing ends with it
+        return
     if not detach:
         detach = not _drain(found, math.inf if detach_after is None else detach_after)
     control.ask(found.socket, "unmount", detach=detach)

@@ -10,7 +10,7 @@ from dcsfs.fs.volume import Volume
 from dcsfs.keys import InodeKey, Place, Sealed
 from network import messages as m
 from network.extentmap import EMPTY_MAP_ROOT
-from network.limits import FILE_BYTES_MAX, SYMLINK_BYTES_MAX
+from network.limits import FILE_BYTES_MAX, SYMLINK_BYTES_MAX, TIME_NS_MAX, TIME_NS_MIN
 from network.messages import Kind
 
 RENAME_NOREPLACE = 1
@@ -123,7 +123,10 @@ def set_xattr(
 
 
 def changed_attributes(inode: Inode, changes: Changes, now: int) -> m.Attributes:
-    """The attributes after setattr, by POSIX's rules: what clears set-ID bits, which times move."""
+    """The attributes after setattr, by POSIX's rules: what clears set-ID bits, which times move.
+
+    A time that cannot be stored becomes the nearest one that can, as in other file systems.
+    """
     mode = inode.mode
     if changes.size is not None:
         mode = without_set_id(mode)
@@ -137,10 +140,14 @@ def changed_attributes(inode: Inode, changes: Changes, now: int) -> m.Attributes
         mode,
         inode.uid if changes.uid is None else changes.uid,
         inode.gid if changes.gid is None else changes.gid,
-        inode.atime_ns if changes.atime_ns is None else changes.atime_ns,
-        mtime if changes.mtime_ns is None else changes.mtime_ns,
-        now if changes.ctime_ns is None else changes.ctime_ns,
+        inode.atime_ns if changes.atime_ns is None else _storable(changes.atime_ns),
+        mtime if changes.mtime_ns is None else _storable(changes.mtime_ns),
+        now if changes.ctime_ns is None else _storable(changes.ctime_ns),
     )
+
+
+def _storable(time_ns: int) -> int:
+    return min(max(time_ns, TIME_NS_MIN), TIME_NS_MAX)
 
 
 def without_set_id(mode: int) -> int:

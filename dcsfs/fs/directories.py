@@ -35,6 +35,11 @@ class Directories:
     def __init__(self, volume: Volume) -> None:
         self._volume = volume
 
+    @property
+    def next_number(self) -> int:
+        """Dentries and inodes that this mount makes from now on have this number or a later one."""
+        return 0 if self._volume.is_read_only else self._volume.session.next_number
+
     def get(self, number: int) -> Inode:
         """A directory that still has a name; ENOTDIR, ENOENT."""
         inode = self._volume.get(number)
@@ -297,7 +302,10 @@ class Scan:
     """One open directory being read from cookie to cookie; the cookie is the dentry id.
 
     Each name that is there from the first page to the last is shown exactly once, also when its
-    file is replaced meanwhile; removed ones are not shown any more, new ones are at the end.
+    file is replaced meanwhile; removed ones are not shown any more. A file that gets another name
+    before it is shown comes at the end. What is made meanwhile is not shown, nor is what was
+    shown already shown under another name: a program that renames or makes a file for each that
+    it reads would never come to an end.
     """
 
     def __init__(self, directories: Directories, number: int) -> None:
@@ -305,37 +313,58 @@ class Scan:
         self.number = number
         self._entries: list[Dentry] | None = None
         self._names: set[bytes] = set()
+        self._offered: list[tuple[int, bytes, Inode]] = []
+        self._shown: set[int] = set()
+        self._has_begun = False
+        self._began_at = 0
 
     async def after(self, cookie: int) -> list[tuple[int, bytes, Inode]]:
         """(cookie, name, inode) of the entries after a cookie, about a page; empty at the end.
 
         The inodes are in memory until the next checkpoint. Raises what loading them raises.
         """
-        if self._entries is None or cookie == 0:
-            self._entries, self._names = await self._directories.list_all(self.number), set()
+        if cookie == 0 or not self._has_begun:
+            self._began_at = self._directories.next_number
+            self._names, self._shown, self._offered = set(), set(), []
+            self._entries = await self._directories.list_all(self.number)
+            self._has_begun = True
+        self._shown.update(inode.number for taken, _, inode in self._offered if taken <= cookie)
         while True:
             if self._entries is None:
                 page, end = await self._page_of_large(cookie)
             else:
                 page, end = await self._page_of_listed(self._entries, cookie)
             found = await self._resolve(page)
+            self._offered = found if self._entries is not None else []
             if found or (not page and end == FILE_BYTES_MAX):
                 return found
             cookie = end if end < FILE_BYTES_MAX else page[-1].dentry_id
 
     async def _page_of_large(self, cookie: int) -> tuple[list[Dentry], int]:
         directory = await self._directories.fresh(self.number)
-        return await self._directories.page_of(directory, cookie)
+        page, end = await self._directories.page_of(directory, cookie)
+        return [e for e in page if not self._is_made_since(e.dentry_id)], end
+
+    def _is_made_since(self, number: int) -> bool:
+        """Whether this mount has given out a number since the scan began."""
+        return self._began_at <= number < self._directories.next_number
 
     async def _page_of_listed(self, entries: list[Dentry], cookie: int) -> tuple[list[Dentry], int]:
         first = bisect_right(entries, cookie, key=lambda item: item.dentry_id)
         page = entries[first : first + PAGE_ENTRIES]
         if page:
             return page, page[-1].dentry_id
-        # What has been added since; a name that was shown already has another file now.
+        # What has other names since; a name that was shown already has another file now.
         now = await self._directories.list_all(self.number) or []
         self._names = self._names or {entry.name for entry in entries}
-        added = [e for e in now if e.dentry_id > cookie and e.name not in self._names]
+        added = [
+            e
+            for e in now
+            if e.dentry_id > cookie
+            and e.name not in self._names
+            and e.child not in self._shown
+            and not self._is_made_since(e.child)
+        ]
         self._names.update(entry.name for entry in added)
         entries += added
         return added[:PAGE_ENTRIES], FILE_BYTES_MAX

@@ -484,7 +484,7 @@ class FileSystem:
             )  # its name went after the kernel had found it: it looks again
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self.check_writable()
-        if flags & os.O_TRUNC and inode.size:
+        if flags & os.O_TRUNC:
             await self._wait_for_room(4096, needs_lease=False)
             self.volume.truncate(inode, 0, self._now())
         return self._add_handle(inode)

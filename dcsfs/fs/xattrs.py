@@ -17,6 +17,8 @@ from network.limits import NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_PER_INO
 
 XATTR_CREATE = 1
 XATTR_REPLACE = 2
+_NAMESPACES = (b"user", b"trusted", b"security")
+"""xattr(7); of `system` there are the access control lists alone."""
 
 
 class Xattrs:
@@ -215,7 +217,7 @@ class SharedXattrs:
 
 
 def check_new(name: bytes, value: bytes) -> None:
-    """Whether an attribute can be: ERANGE, EOPNOTSUPP, E2BIG."""
+    """Whether an attribute can be: ERANGE, EOPNOTSUPP, EINVAL, E2BIG."""
     if not 1 <= len(name) <= NAME_BYTES_MAX:
         raise FsError(errno.ERANGE)
     _check_namespace(name)
@@ -232,5 +234,10 @@ def check_flags(xattrs: dict[bytes, bytes], name: bytes, flags: int) -> None:
 
 
 def _check_namespace(name: bytes) -> None:
-    if name.startswith(b"system.") and name not in (acl.ACCESS, acl.DEFAULT):
+    if name in (acl.ACCESS, acl.DEFAULT):
+        return
+    namespace, _, rest = name.partition(b".")
+    if namespace not in _NAMESPACES:
         raise FsError(errno.EOPNOTSUPP)
+    if not rest:
+        raise FsError(errno.EINVAL)

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -324,6 +325,17 @@ async def resolve_subtree(filesystem: FileSystem, path: str) -> Inode:
             except FsError as error:
                 raise NotFound(f"{path!r} does not exist in the bucket") from error
     return inode
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a dcsfs mount, or a bind mount of a part of one, is at the path (proc(5))."""
+    wanted = os.path.realpath(path)
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
+        fields, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields.split()[4])
+        if point == wanted and rest.startswith("fuse.dcsfs "):
+            return True
+    return False
 
 
 def unmount_kernel(mountpoint: Path) -> None:

@@ -43,6 +43,8 @@ DIRECTORY_NAME_TIMEOUT_S = 1.0
 RECALLS_MAX = 8
 """Inodes that one handler may have loaded again: a rename has four, and directories above them."""
 FUSE_ROOT = 1
+DOTS = 2
+"""Entries of every directory that have no dentry: `.` and `..`."""
 STATFS_BLOCK_BYTES = 4096
 STATFS_FREE_BYTES = 1 << 50
 """Shown for a bucket without quota: 1 PiB, so that installers and copiers go ahead."""
@@ -344,12 +346,31 @@ class DcsOperations(pyfuse3.Operations):
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """List with attributes; the cookie is the permanent dentry id."""
-        for cookie, name, inode in await self._scan(fh).after(start_id):
-            attributes = self._attributes(inode)
+        """List with attributes; the cookie is the permanent dentry id, after those of the dots."""
+        scan = self._scan(fh)
+        if start_id < DOTS and not self._list_dots(scan.number, start_id, token):
+            return
+        for dentry_id, name, inode in await scan.after(max(0, start_id - DOTS)):
+            attributes, cookie = self._attributes(inode), dentry_id + DOTS
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, cookie):
                 break
             inode.lookup_count += 1
+
+    def _list_dots(self, number: int, start_id: int, token: pyfuse3.ReaddirToken) -> bool:
+        """List `.` and `..`; False if there is no room. The kernel counts no references to them."""
+        inode = self._fs.inode(number)
+        for cookie, name in enumerate((b".", b".."), start=1):
+            if cookie <= start_id:
+                continue
+            attributes = self._attributes(inode)
+            if name == b"..":
+                is_below_root = inode.parent == self._fs.root.number
+                attributes.st_ino = pyfuse3.InodeT(FUSE_ROOT if is_below_root else inode.parent)
+            if number == self._fs.root.number:
+                attributes.st_ino = pyfuse3.InodeT(FUSE_ROOT)
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, cookie):
+                return False
+        return True
 
     async def releasedir(self, fh: int) -> None:
         """The directory is not read any more."""

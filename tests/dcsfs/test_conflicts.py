@@ -13,11 +13,6 @@ TOP = b"."
 """How the user below calls the bucket's root."""
 
 
-@pytest.fixture(autouse=True)
-def _world_directory(tmp_path):
-    (tmp_path / "world").mkdir()
-
-
 class Side:
     """One mount's user: random work on files whose content is never the same twice.
 

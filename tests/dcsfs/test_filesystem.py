@@ -40,14 +40,11 @@ async def mounted(world, tmp_path, name="cache", **options):
 
 @asynccontextmanager
 async def bucket_world(tmp_path, **settings):
-    async with planet(tmp_path / "world", **settings) as world:
+    directory = tmp_path / "world"
+    directory.mkdir()
+    async with planet(directory, **settings) as world:
         await create_bucket(world.runtime, world.pool(), grant_for(world), "photos", 1000, 1000)
         yield world
-
-
-@pytest.fixture(autouse=True)
-def _world_directory(tmp_path):
-    (tmp_path / "world").mkdir()
 
 
 async def write_file(fs, parent, name, data, chunk=100_000):
@@ -435,6 +432,19 @@ async def test_reads_while_the_log_is_trimmed_see_the_right_bytes(tmp_path, auto
                     assert bytes(await fs.read(handle, 0, 4_000_000)) == data
                     await trio.sleep(0.01)
             fs.release(handle)
+
+
+async def test_a_time_that_cannot_be_stored_holds_nothing_up(tmp_path, autojump_clock):
+    far = 2**34 * 10**9
+    async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as mount:
+        fs, root = mount.filesystem, mount.filesystem.root.number
+        inode = await write_file(fs, root, b"f", b"content")
+        await fs.set_attributes(inode.number, Changes(atime_ns=-far, mtime_ns=far))
+        await mount.drain()
+        async with mounted(world, tmp_path, "other"):
+            await fs.set_attributes(inode.number, Changes(atime_ns=far, mtime_ns=-far))
+        found = await fs.directories.fresh(inode.number)
+        assert (found.atime_ns, found.mtime_ns) == (2**63 - 1, -(2**63))
 
 
 async def test_read_only_mount_follows_a_writer_and_never_mixes_versions(tmp_path, autojump_clock):

@@ -10,14 +10,14 @@ import trio
 from dcsfs.fs.directories import Scan
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
-from dcsfs.fuse.operations import DcsOperations
+from dcsfs.fuse.operations import DOTS, DcsOperations
 from network.errors import Internal, TooFewShares, Unavailable
 
 ARGUMENTS = {
     "inode": 1, "parent_inode": 1, "parent_inode_old": 1, "parent_inode_new": 1,
     "new_parent_inode": 1, "name": b"n", "name_old": b"n", "name_new": b"m", "new_name": b"m",
     "ctx": pyfuse3.RequestContext(), "mode": 0o100644, "rdev": 0, "target": b"t", "flags": 0,
-    "fh": 1, "off": 0, "size": 4096, "buf": b"data", "datasync": False, "start_id": 0,
+    "fh": 1, "off": 0, "size": 4096, "buf": b"data", "datasync": False, "start_id": DOTS,
     "token": None, "value": b"v", "attr": pyfuse3.EntryAttributes(),
     "fields": pyfuse3.SetattrFields(), "inode_list": [(1, 1)],
 }  # fmt: skip

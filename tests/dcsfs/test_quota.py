@@ -26,11 +26,6 @@ KB = 1000
 CTX = pyfuse3.RequestContext()
 
 
-@pytest.fixture(autouse=True)
-def _world_directory(tmp_path):
-    (tmp_path / "world").mkdir()
-
-
 async def set_quota(world, quota_bytes):
     return await world.database.write(
         lambda tx: buckets.set_quota(tx, "test", "photos", quota_bytes)

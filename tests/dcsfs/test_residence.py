@@ -12,16 +12,11 @@ import trio
 from dcsfs.fs import directories as directories_module
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.mounted import close_session
-from dcsfs.fuse.operations import FUSE_ROOT, DcsOperations
+from dcsfs.fuse.operations import DOTS, FUSE_ROOT, DcsOperations
 from network.messages import Kind
 from tests.dcsfs.test_filesystem import CALLER, bucket_world, mounted
 
 CTX = pyfuse3.RequestContext()
-
-
-@pytest.fixture(autouse=True)
-def _world_directory(tmp_path):
-    (tmp_path / "world").mkdir()
 
 
 @pytest.fixture
@@ -49,7 +44,8 @@ class Kernel:
             return False
         self.room -= 1
         self.listed.append((name, attributes.st_ino, cookie))
-        self._refer(attributes)
+        if name not in (b".", b".."):  # fuse_direntplus_link in the kernel
+            self._refer(attributes)
         return True
 
     def _refer(self, entry):
@@ -94,9 +90,9 @@ class Kernel:
         return data
 
     async def listing(self, number, page):
-        """[(name, inode)] read in pages of so many entries."""
+        """[(name, inode)] read in pages of so many entries, without the dots."""
         handle = await self.operations.opendir(number, CTX)
-        self.listed, last = [], 0
+        self.listed, last = [], DOTS
         while True:
             self.room, before = page, len(self.listed)
             await self.operations.readdir(handle, last, None)
@@ -410,10 +406,43 @@ async def test_listing_a_large_directory_while_it_changes(tmp_path, autojump_clo
                 with suppress(pyfuse3.FUSEError, FsError):
                     await kernel.unlink(FUSE_ROOT, victim)
                 await kernel.create(FUSE_ROOT, b"new%d" % len(seen))
-                if len(seen) > 60:
-                    break
                 kernel.residence.sweep()
+            assert seen[:2] == [b".", b".."]
             old = [name for name in seen if name in numbers]
-            assert len(seen) == len(set(seen))
+            assert len(seen) == len(set(seen)) == len(old) + 2
             left = [name for name, _ in await kernel.listing(FUSE_ROOT, 7) if name in numbers]
             assert set(left) <= set(old)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_renaming_while_listing_comes_to_an_end(
+    tmp_path, autojump_clock, monkeypatch, is_large, request
+):
+    if is_large:
+        request.getfixturevalue("_small_pages")
+    async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as maker:
+        kernel = Kernel(maker, monkeypatch, limit=1000)
+        made = [await kernel.create(FUSE_ROOT, b"f%03d" % n) for n in range(40)]
+        await maker.drain()
+        await close_session(maker)
+        async with mounted(world, tmp_path, "other") as mount:
+            kernel = Kernel(mount, monkeypatch, limit=1000)
+            assert mount.volume.root.is_large == is_large
+            handle = await kernel.operations.opendir(FUSE_ROOT, CTX)
+            seen, last = [], DOTS
+            while len(seen) <= 40:
+                kernel.listed, kernel.room = [], 4
+                await kernel.operations.readdir(handle, last, None)
+                if not kernel.listed:
+                    break
+                last = kernel.listed[-1][2]
+                for name, number, _ in kernel.listed:
+                    seen.append(number)
+                    await kernel.rename(FUSE_ROOT, name, FUSE_ROOT, b"new " + name)
+                    await kernel.create(FUSE_ROOT, b"beside " + name)
+                if len(seen) in (3, 4):  # one that is still to come gets another name
+                    await kernel.rename(FUSE_ROOT, b"f020", FUSE_ROOT, b"moved")
+            assert len(seen) == len(set(seen))
+            assert set(seen) == (set(made) - {made[20]} if is_large else set(made))
+            names = [name for name, _ in await kernel.listing(FUSE_ROOT, 7)]
+            assert len(names) == len(set(names)) == 40 + len(seen)

@@ -25,11 +25,6 @@ from tests.dcsfs.test_filesystem import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _world_directory(tmp_path):
-    (tmp_path / "world").mkdir()
-
-
 class Cuttable:
     """A Runtime whose network can be taken away from one client alone."""
 

@@ -26,11 +26,6 @@ from tests.dcsfs.test_filesystem import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _world_directory(tmp_path):
-    (tmp_path / "world").mkdir()
-
-
 async def test_failed_cache_disk_makes_the_mount_read_only_and_sends_what_it_has(
     tmp_path, autojump_clock, monkeypatch
 ):

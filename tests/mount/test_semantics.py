@@ -6,15 +6,13 @@ import errno
 import fcntl
 import mmap
 import os
-import shutil
-import struct
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
+from tests.mount.acl import ANYBODY, acl_value, compare_with_local_disk
 from tests.mount.conftest import Mount
 
 MIB = 1 << 20
@@ -216,6 +214,66 @@ def test_listing(here):
     assert sorted(seen) == [f"{number:04}" for number in range(3000)]
 
 
+def test_renaming_while_listing(here):
+    """A program that renames each file that it reads in a directory comes to the end."""
+    for number in range(3000):
+        (here / f"{number:04}").touch()
+    seen = 0
+    with os.scandir(here) as entries:
+        for entry in entries:
+            seen += 1
+            assert seen <= 3000
+            (here / entry.name).rename(here / f"new {entry.name}")
+            (here / f"beside {entry.name}").touch()
+    assert seen == 3000
+    assert len(os.listdir(here)) == 6000
+
+
+class Directory:
+    """A directory stream of the C library: os.listdir leaves out the dots, and cannot go back."""
+
+    class Entry(ctypes.Structure):
+        _fields_ = (
+            ("number", ctypes.c_uint64), ("offset", ctypes.c_int64), ("length", ctypes.c_ushort),
+            ("kind", ctypes.c_ubyte), ("name", ctypes.c_char * 256),
+        )  # fmt: skip
+
+    def __init__(self, path):
+        LIBC.fdopendir.restype = ctypes.c_void_p
+        LIBC.readdir.restype = ctypes.POINTER(self.Entry)
+        self.stream = ctypes.c_void_p(LIBC.fdopendir(os.open(path, os.O_RDONLY)))
+
+    def rest(self):
+        """(name, inode number) of what has not been read yet."""
+        found = []
+        while entry := LIBC.readdir(self.stream):
+            found.append((entry.contents.name, entry.contents.number))
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        LIBC.closedir(self.stream)
+
+
+def test_dots(here):
+    """A listing begins with `.` and `..`; after rewinddir it shows what is new."""
+    (here / "below").mkdir()
+    root, new = here.parent, here / "below" / "new"
+    dots = [(b".", (here / "below").stat().st_ino), (b"..", here.stat().st_ino)]
+    with Directory(here / "below") as directory:
+        assert directory.rest() == dots
+        new.touch()
+        LIBC.rewinddir(directory.stream)
+        assert directory.rest() == [*dots, (b"new", new.stat().st_ino)]
+    with Directory(here) as directory:
+        assert directory.rest()[1] == (b"..", root.stat().st_ino)
+    with Directory(root) as directory:
+        dots = [(b".", root.stat().st_ino), (b"..", root.stat().st_ino)]
+        assert directory.rest()[:2] == dots
+
+
 def test_inode_numbers(here):
     """An inode number is not used again."""
     seen = set()
@@ -313,13 +371,25 @@ def test_mmap(here):
 
 
 def test_times(here):
-    """Times have nanoseconds, also in the far past and future; UTIME_OMIT leaves one as it is."""
+    """Times have nanoseconds, from 1677 to 2262; what lies outside becomes the nearest of these."""
     (here / "file").touch()
     os.utime(here / "file", ns=(-1_234_567_891, 4_102_444_800_123_456_789))
     info = (here / "file").stat()
     assert (info.st_atime_ns, info.st_mtime_ns) == (-1_234_567_891, 4_102_444_800_123_456_789)
+    os.utime(here / "file", ns=(-(2**70), 2**70))
+    info = (here / "file").stat()
+    assert (info.st_atime_ns, info.st_mtime_ns) == (-(2**63), 2**63 - 1)
+
+
+def test_some_times(here):
+    """UTIME_OMIT leaves a time as it is, O_TRUNC sets mtime also where nothing is cut."""
+    (here / "file").touch()
+    os.utime(here / "file", ns=(1, 4_102_444_800_123_456_789))
     subprocess.run(["touch", "-a", "-d", "2001-02-03", here / "file"], check=True)
     assert (here / "file").stat().st_mtime_ns == 4_102_444_800_123_456_789
+    os.utime(here / "file", ns=(1, 1))
+    os.close(os.open(here / "file", os.O_WRONLY | os.O_TRUNC))
+    assert (here / "file").stat().st_mtime_ns > 1
 
 
 def test_which_times(here):
@@ -364,69 +434,26 @@ def test_xattrs(here):
     assert sorted(os.listxattr(here / "file")) == ["security.c", "trusted.b", "user.a"]
 
 
-ANYBODY = 0xFFFFFFFF
-
-
-def acl_value(*entries):
-    """(tag, permissions, id) triples as the kernel wants them."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-def acl_story(root):
-    """What a schedule of ACL calls leads to: modes, lists and errors."""
-    found = []
-
-    def note(path):
-        listed = {n: os.getxattr(path, n).hex() for n in os.listxattr(path) if "posix" in n}
-        found.append((path.name, oct(path.stat().st_mode), listed))
-
-    access, default = "system.posix_acl_access", "system.posix_acl_default"
-    base = ((1, 6, ANYBODY), (4, 4, ANYBODY), (32, 0, ANYBODY))
-    named = ((1, 7, ANYBODY), (2, 6, 1234), (4, 5, ANYBODY), (8, 7, 77), (16, 7, ANYBODY))
-    file, folder = root / "file", root / "folder"
-    file.touch()
-    os.setxattr(file, access, acl_value(*named, (32, 1, ANYBODY)))
-    note(file)
-    file.chmod(0o640)
-    note(file)
-    os.setxattr(file, access, acl_value(*base))
-    note(file)
-    folder.mkdir()
-    os.setxattr(folder, default, acl_value(*named, (32, 5, ANYBODY)))
-    os.close(os.open(folder / "made", os.O_CREAT | os.O_WRONLY, 0o666))
-    note(folder / "made")
-    os.mkdir(folder / "sub", 0o755)
-    note(folder / "sub")
-    os.symlink("made", folder / "link")
-    os.mkfifo(folder / "fifo", 0o600)
-    note(folder / "fifo")
-    os.removexattr(folder, default)
-    note(folder)
-    for path, name, value in (
-        (file, default, acl_value(*base)),
-        (file, access, acl_value((1, 6, ANYBODY))),
-        (file, access, b"nonsense"),
-    ):
-        try:
-            os.setxattr(path, name, value)
-            found.append("accepted")
-        except OSError as error:
-            found.append(error.errno)
-    return found
+def test_foreign_namespaces(here):
+    """Attributes of other namespaces are EOPNOTSUPP, and one without a name EINVAL."""
+    (here / "file").touch()
+    for name in ("nothing", "other.name", "system.other", "users.name"):
+        with raises(errno.EOPNOTSUPP):
+            os.setxattr(here / "file", name, b"value")
+    with raises(errno.EINVAL):
+        os.setxattr(here / "file", "user.", b"value")
+    assert os.listxattr(here / "file") == []
 
 
 def test_acl(here):
-    """POSIX ACLs keep step with the mode; default ACLs are inherited, and the umask applies too."""
-    before = os.umask(0)  # pyfuse3 cannot ask the kernel to leave the umask out of it
+    """POSIX ACLs keep step with the mode; default ACLs are inherited, in the umask's place."""
+    before = os.umask(0o077)
     try:
         compare_with_local_disk(here)
+        (here / "plain").touch(0o666)
+        assert (here / "plain").stat().st_mode & 0o777 == 0o600
     finally:
         os.umask(before)
-    (here / "masked").mkdir()
-    os.setxattr(here / "masked", "system.posix_acl_default", acl_value(
-        (1, 7, ANYBODY), (4, 7, ANYBODY), (32, 7, ANYBODY)))  # fmt: skip
-    (here / "masked" / "file").touch()
-    assert (here / "masked" / "file").stat().st_mode & 0o777 == 0o666 & ~before
     os.setxattr(here / "file", "system.posix_acl_access", acl_value(
         (1, 6, ANYBODY), (2, 4, 1234), (4, 0, ANYBODY), (16, 4, ANYBODY), (32, 0, ANYBODY),
     ))  # fmt: skip
@@ -440,21 +467,6 @@ def test_acl(here):
     assert run(program, here, 1235) == "may not"
 
 
-def compare_with_local_disk(here):
-    mine = acl_story(here)
-    assert mine[1][1] == oct(0o100640)
-    local = Path(tempfile.mkdtemp(dir="/var/tmp"))
-    try:
-        theirs = acl_story(local)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return  # a local disk without ACLs: nothing to compare
-    finally:
-        shutil.rmtree(local)
-    assert mine == theirs
-
-
 def test_special_files(here):
     """FIFOs, sockets and device nodes can be made."""
     os.mkfifo(here / "fifo")
@@ -463,6 +475,15 @@ def test_special_files(here):
     assert (here / "fifo").is_fifo()
     assert (here / "socket").is_socket()
     assert (here / "null").stat().st_rdev == os.makedev(1, 3)
+
+
+def test_nameless_files(here):
+    """O_TMPFILE is EOPNOTSUPP; programs then make a file with a name and remove it."""
+    with raises(errno.EOPNOTSUPP):
+        os.open(here, os.O_TMPFILE | os.O_RDWR, 0o600)
+    with tempfile.TemporaryFile(dir=here) as file:
+        file.write(b"content")
+        assert os.listdir(here) == []
 
 
 def test_fallocate(here):

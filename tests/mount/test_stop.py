@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,39 @@ def test_systemds_umount_is_over_before_its_patience(net, staged):
     assert done.returncode == 0, done.stderr
     assert not staged.point.is_mount()
     comes_with_the_next_mount(net, staged)
+
+
+def test_umount_of_a_bind_mount_leaves_the_mount_itself(net, mount_of):
+    mount = mount_of(net.bucket("bound"))
+    mount.mount()
+    source, inside = mount.point / "a directory", mount.point / "in it"
+    for directory in (source, inside):
+        directory.mkdir()
+    subprocess.run(["mount", "--bind", source, inside], check=True)
+    (inside / "file").write_bytes(b"content")
+    subprocess.run(["umount", inside], check=True, timeout=60)
+    assert list(inside.iterdir()) == []
+    assert (source / "file").read_bytes() == b"content"
+    done = subprocess.run(["umount", source], capture_output=True, check=False, timeout=60)
+    assert done.returncode != 0
+    mount.umount()
+
+
+def test_a_lazy_umount_waits_for_nothing(net, staged):
+    pid = staged.status()["pid"]
+    with (staged.point / "kept").open("rb") as file:
+        subprocess.run(["umount", "-l", staged.point], check=True, timeout=5)
+        assert not staged.point.is_mount()
+        assert file.read() == b"content"
+    net.testnet("revive", "--satellite")
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "the daemon goes on without a mount"
+        time.sleep(0.1)  # noqa: TID251 -- a test of another process
+    staged.forget_cache()
+    staged.mount()
+    assert (staged.point / "kept").read_bytes() == b"content"
+    staged.umount()
 
 
 def test_umount_shows_progress_on_a_terminal(net, staged):

@@ -56,6 +56,7 @@ def test_codec_round_trip_keeps_types():
         _Sample(1, "a", (b"short",), None),  # type: ignore[arg-type]  # what a peer might send
         _Sample("1", "a", (), None),  # type: ignore[arg-type]  # what a peer might send
         _Sample(True, "a", (), None),
+        _Sample(2**63, "a", (), None),
     ],
 )
 def test_codec_field_out_of_bounds_is_protocol_error(bad):
