@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -392,24 +393,45 @@ def test_some_times(here):
     assert (here / "file").stat().st_mtime_ns > 1
 
 
+def tick():
+    """Until file times are later ones: the kernel counts them in ticks of up to 10 ms."""
+    time.sleep(0.02)  # noqa: TID251 -- a test of another process
+
+
 def test_which_times(here):
     """Writing changes mtime and ctime, chmod ctime alone, a new name the directory's mtime."""
     file = here / "file"
     file.write_text("x")
     os.utime(file, ns=(0, 0))
     first = file.stat()
+    tick()
     file.chmod(0o600)
     second = file.stat()
     assert second.st_mtime_ns == 0
     assert second.st_ctime_ns > first.st_ctime_ns
+    tick()
     with file.open("a") as handle:
         handle.write("y")
     third = file.stat()
     assert third.st_mtime_ns > 0
     assert third.st_ctime_ns > second.st_ctime_ns
     before = here.stat()
+    tick()
     (here / "other").touch()
     assert here.stat().st_mtime_ns > before.st_mtime_ns
+
+
+def test_times_do_not_go_back(here):
+    """A file is not older after `touch` than before: all times are of the kernel's clock."""
+    file = here / "file"
+    last = 0
+    for number in range(300):
+        file.write_text(str(number))
+        written = file.stat().st_mtime_ns
+        os.utime(file)
+        touched = file.stat().st_mtime_ns
+        assert last <= written <= touched
+        last = touched
 
 
 def test_atime(here):
