@@ -96,6 +96,7 @@ class Conflicts:
                 return await self._rename_beside(operation, before)
             case m.Link() if isinstance(error, AlreadyExists):
                 parent, name = self._beside(operation.parent, operation.name)
+                self._moved[operation.parent, operation.name] = (parent, name)
                 wrapped = self._wrap(parent, name, operation.inode)
                 return [replace(operation, parent=parent, name=name, wrapped_key=wrapped)]
             case _:

@@ -540,8 +540,9 @@ class Volume:
                     m.InodeRequest(self.client.api_key, self.client.bucket, inode.number),
                 )
             except NotFound:
-                inode.nlink, inode.is_reaped = 0, True
-                continue
+                if not (self.is_shared and inode.layers and inode.nlink):
+                    inode.nlink, inode.is_reaped = 0, True
+                continue  # others have removed what was written here: fs/conflicts.py keeps that
             if inode.number not in self._restated:
                 fresh = loader.inode_from(self.client, record, inode.key, inode.parent)
                 follow(inode, fresh)

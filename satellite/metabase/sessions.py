@@ -74,18 +74,23 @@ def check_exclusive(
 def open_session(
     tx: Transaction, bucket_id: int, request: OpenSessionRequest, new_id: SessionID, now_s: int
 ) -> SessionInfo:
-    """Open or reclaim, once no other session holds the lease; the first one gets it."""
+    """Open or reclaim, once no other session holds the lease; the first one gets it.
+
+    A session whose lease was taken, or given back, begins without one also when the others have
+    left: it must compare what it has staged with what they did, and asks for the lease then.
+    """
     check_exclusive(tx, bucket_id, request, now_s)
     others = others_active(tx, bucket_id, request.cache_id, now_s)
     take_leases(tx, bucket_id, request.cache_id)
     if not others:
         inodes.reap_all(tx, bucket_id)
-    holds_lease, expires = not others, now_s + int(SESSION_LIFE_S)
+    expires = now_s + int(SESSION_LIFE_S)
     row = tx.one(
-        "SELECT session_id, last_sequence, last_chain, direct_sequence FROM session"
+        "SELECT session_id, last_sequence, last_chain, direct_sequence, holds_lease FROM session"
         " WHERE bucket_id=? AND cache_id=?",
         (bucket_id, request.cache_id),
     )
+    holds_lease = not others and (row is None or bool(row[4]))
     if row is None:
         session_id, sequence, chain, direct = new_id, 0, bytes(32), 0
         tx.execute(

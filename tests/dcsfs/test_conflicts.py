@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from dcsfs.fs.mounted import close_session
 from network.messages import Kind
 from tests.dcsfs.test_filesystem import CALLER, bucket_world, mounted, read_file
 from tests.dcsfs.test_shared import cuttable, until
@@ -113,11 +114,13 @@ async def contents(mount, number=None, prefix=TOP):
     return found
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 @pytest.mark.parametrize("crashes", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 async def test_random_work_apart_keeps_what_either_side_saved(
-    tmp_path, autojump_clock, seed, crashes
+    tmp_path, autojump_clock, seed, crashes, leaves
 ):
+    """One mount is cut off, or dies, and another one works, and maybe leaves, before it is back."""
     async with bucket_world(tmp_path, seed=seed) as world:
         async with cuttable(world, tmp_path, "away") as (runtime, away):
             root = away.filesystem.root.number
@@ -141,19 +144,36 @@ async def test_random_work_apart_keeps_what_either_side_saved(
                 for _ in range(30):
                     await two.step()
                 assert await contents(stayed) == two.files
-                if not crashes:
-                    runtime.is_cut = False
-                    await until(lambda: away.volume.is_shared and not away.volume.has_backlog, 300)
-                    await away.drain()
+                if crashes or leaves:
+                    await stayed.drain()
+                if leaves:
+                    await close_session(stayed)
+                elif not crashes:
+                    await come_back(runtime, away)
                     await stayed.drain()
                     await check(base, one, two, [away, stayed])
-                else:
-                    await stayed.drain()
-        if crashes:
+            if leaves and not crashes:
+                await come_back(runtime, away)
+                async with mounted(world, tmp_path, "stayed") as stayed:
+                    await check(base, one, two, [away, stayed])
+        if leaves and crashes:
+            async with mounted(world, tmp_path, "away") as away:
+                await away.drain()
+                await until(lambda: not away.volume.is_shared, 60)
+                async with mounted(world, tmp_path, "stayed") as stayed:
+                    await check(base, one, two, [away, stayed])
+        elif crashes:
             async with mounted(world, tmp_path, "stayed") as stayed:
                 async with mounted(world, tmp_path, "away") as away:
                     await away.drain()
                     await check(base, one, two, [away, stayed])
+
+
+async def come_back(runtime, away):
+    runtime.is_cut = False
+    assert away.volume.has_backlog
+    await until(lambda: not away.volume.has_backlog, 300)
+    await away.drain()
 
 
 async def check(base, one, two, mounts):
