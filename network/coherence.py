@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from network.codec import Max
 from network.ids import SessionID
-from network.limits import APPLY_OPERATIONS_MAX, CHANNEL_LIFE_S
+from network.limits import APPLY_OPERATIONS_MAX, CHANNEL_LIFE_S, ORPHANS_ASKED_MAX
 from network.messages import ApiKey, EncryptedName
 from network.method import Method, StreamEnd
 
@@ -68,6 +68,15 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
+class Orphans:
+    """Asks which of these inodes, that have no names any more, the session still needs."""
+
+    TAG: ClassVar[int] = 5
+    number: int
+    inodes: Annotated[tuple[int, ...], Max(ORPHANS_ASKED_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Asks for a pong; numbers grow."""
 
@@ -103,17 +112,26 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Answers the Orphans of that number: those that are open, or have content staged."""
+
+    TAG: ClassVar[int] = 4
+    number: int
+    inodes: Annotated[tuple[int, ...], Max(ORPHANS_ASKED_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
 class ToClient:
     """A frame from the satellite."""
 
-    frame: Welcome | Pong | Event | Recall
+    frame: Welcome | Pong | Event | Recall | Orphans
 
 
 @dataclass(frozen=True, slots=True)
 class ToServer:
     """A frame from the session."""
 
-    frame: Ping | Acknowledge | Released
+    frame: Ping | Acknowledge | Released | Held
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,9 @@ MAP_PAGE_ROWS_MAX = 16384
 PATH_PAGE_ENTRIES_MAX = 64  # levels of the tree in one answer to FIND_PATH
 PATH_LEVELS_MAX = 4096  # Linux takes no longer path; deeper is a satellite that leads in circles
 LOCATE_SEGMENTS_MAX = 64
-INODE_GRANT_COUNT = 1 << 24  # enough to create for weeks while the satellite is away
+INODE_GRANT_COUNT = 1 << 36  # years of creating for one mount, and a hundred million mounts
+ORPHANS_ASKED_MAX = 4096
+ORPHAN_INTERVAL_S = 10.0  # how often sessions are asked which inodes without names they hold
 
 # Peers
 CONNECTIONS_PER_SERVER_MAX = 4096

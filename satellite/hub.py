@@ -18,6 +18,8 @@ from network.coherence import (
     Acknowledge,
     Change,
     Event,
+    Held,
+    Orphans,
     Ping,
     Pong,
     Recall,
@@ -52,6 +54,7 @@ class _Channel:
         self.trusted_until = trusted_until
         self.is_open = False
         self.acknowledged = 0
+        self.held = Held(0, ())
         self.outgoing: deque[ToClient] = deque()
         self.changed = trio.Event()
         self.scope = trio.CancelScope()
@@ -61,7 +64,7 @@ class _Channel:
         self.changed.set()
         self.changed = trio.Event()
 
-    def send(self, frame: Welcome | Pong | Event | Recall) -> None:
+    def send(self, frame: Welcome | Pong | Event | Recall | Orphans) -> None:
         """Queue a frame; a client that takes none is cut off."""
         if len(self.outgoing) >= CHANNEL_QUEUE_FRAMES_MAX:
             self.cut()
@@ -142,6 +145,27 @@ class Hub:
             channel.cut()
         await trio.sleep_until(channel.trusted_until)
 
+    async def held_by(
+        self, sessions: Sequence[SessionID], inodes: Sequence[int]
+    ) -> frozenset[int] | None:
+        """Which of these orphans any session holds; None if one does not say so in time.
+
+        Bounded by ACKNOWLEDGE_DEADLINE_S.
+        """
+        channels = [self._channel(session_id) for session_id in sessions]
+        self._number += 1
+        number = self._number
+        for channel in channels:
+            if channel.is_open:
+                channel.send(Orphans(number, tuple(inodes)))
+        with trio.move_on_after(ACKNOWLEDGE_DEADLINE_S):
+            for channel in channels:
+                while channel.is_open and channel.held.number != number:
+                    await channel.changed.wait()
+        if any(channel.held.number != number for channel in channels):
+            return None
+        return frozenset(inode for channel in channels for inode in channel.held.inodes)
+
     async def recall(self, session_id: SessionID, is_released: Callable[[], bool]) -> None:
         """Ask a session for its lease; returns when it is given back or the deadline is over."""
         with trio.move_on_after(RECALL_DEADLINE_S):
@@ -202,6 +226,9 @@ async def _receive_forever(
                 channel.send(Pong(number, is_alone()))
             case Acknowledge(number):
                 channel.acknowledged = max(channel.acknowledged, number)
+                channel.announce()
+            case Held() as held:
+                channel.held = held
                 channel.announce()
             case Released(reserved):
                 await on_released(reserved)

@@ -26,7 +26,7 @@ from network.orders import Action, OrderLimit, derive_piece_id, sign_limits, ver
 from network.redundancy import SegmentLayout
 from network.rpc import Call, Handler, Server
 from network.runtime import Listener, Runtime, now_s
-from satellite import overlay
+from satellite import orphans, overlay
 from satellite.config import SatelliteConfig
 from satellite.db.database import Database, Transaction
 from satellite.hub import Hub
@@ -86,6 +86,7 @@ class Satellite:
         self._hub = Hub()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._db.commit_forever)
+            nursery.start_soon(orphans.collect_forever, self._db, self._hub, self._runtime)
             nursery.start_soon(self._server.serve, listener)
 
     @property

@@ -23,6 +23,8 @@ from network.coherence import (
     Acknowledge,
     AcquireLeaseRequest,
     Event,
+    Held,
+    Orphans,
     Ping,
     Pong,
     Recall,
@@ -148,11 +150,11 @@ class Coherence:
             request = SubscribeRequest(client.api_key, session.session_id)
             await stream.send(SUBSCRIBE.code, pack(request))
             self._pinged_at.clear()
-            events, unread = trio.open_memory_channel[Event](4096)
+            events, unread = trio.open_memory_channel[Event | Orphans](4096)
             async with trio.open_nursery() as nursery:
                 try:
                     nursery.start_soon(self._ping_forever, stream)
-                    nursery.start_soon(self._acknowledge_forever, stream, unread)
+                    nursery.start_soon(self._answer_forever, stream, unread)
                     await self._receive_forever(stream, events, background)
                 except Exception as error:  # noqa: BLE001 -- raised again outside the nursery
                     failure = error
@@ -161,7 +163,9 @@ class Coherence:
         if failure is not None:
             raise failure
 
-    async def _send(self, stream: SecureStream, frame: Ping | Acknowledge | Released) -> None:
+    async def _send(
+        self, stream: SecureStream, frame: Ping | Acknowledge | Released | Held
+    ) -> None:
         """Send a frame; a connection that takes none is given up."""
         try:
             async with self._send_lock:
@@ -185,7 +189,7 @@ class Coherence:
     async def _receive_forever(
         self,
         stream: SecureStream,
-        events: trio.MemorySendChannel[Event],
+        events: trio.MemorySendChannel[Event | Orphans],
         background: trio.Nursery,
     ) -> None:
         while True:
@@ -200,15 +204,20 @@ class Coherence:
                         self._volume.trusted_until = sent_at + TRUST_S
                     if is_alone and self._volume.is_shared and self._is_vouched:
                         background.start_soon(_guarded, self._acquire)
-                case Event() as event:
+                case Event() | Orphans() as event:
                     events.send_nowait(event)
                 case Recall():
                     background.start_soon(_guarded, self._yield_lease)
 
-    async def _acknowledge_forever(
-        self, stream: SecureStream, events: trio.MemoryReceiveChannel[Event]
+    async def _answer_forever(
+        self, stream: SecureStream, events: trio.MemoryReceiveChannel[Event | Orphans]
     ) -> None:
+        """In their order: an inode is not asked for before its last name has been forgotten."""
         async for event in events:
+            if isinstance(event, Orphans):
+                held = tuple(filter(self._volume.is_held, event.inodes))
+                await self._send(stream, Held(event.number, held))
+                continue
             if self._volume.is_shared:
                 numbers = self._volume.take_in(event.changes)
                 with trio.move_on_after(KERNEL_DEADLINE_S):

@@ -159,6 +159,11 @@ class Volume:
         inode.used = self.sweeps
         return True
 
+    def is_held(self, number: int) -> bool:
+        """Whether this mount needs an inode that has no names any more."""
+        inode = self.inodes.get(number)
+        return inode is not None and bool(inode.open_count or inode.layers)
+
     def adopt(self, inode: Inode) -> Inode:
         """Add an inode loaded from the satellite.
 

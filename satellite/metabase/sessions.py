@@ -43,6 +43,18 @@ def others_active(
     return [(SessionID(_blob(row[0])), bool(row[1])) for row in rows]
 
 
+def active_without_lease(tx: Transaction, bucket_id: int, now_s: int) -> tuple[SessionID, ...]:
+    """The active sessions of a bucket in a fixed order; none if one of them holds the lease."""
+    rows = tx.all(
+        "SELECT session_id, holds_lease FROM session WHERE bucket_id=? AND expires_s>?"
+        " ORDER BY session_id",
+        (bucket_id, now_s),
+    )
+    if any(row[1] for row in rows):
+        return ()
+    return tuple(SessionID(_blob(row[0])) for row in rows)
+
+
 def _blob(value: int | str | bytes | None) -> bytes:
     assert isinstance(value, bytes)
     return value

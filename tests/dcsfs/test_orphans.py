@@ -1,0 +1,105 @@
+"""Inodes that lose their last name while several mounts are at work."""
+
+import os
+
+import trio
+
+from dcsfs.uplink.client import open_bucket
+from network import messages as m
+from network.errors import NotFound
+from network.limits import ORPHAN_INTERVAL_S
+from satellite import orphans
+from tests.dcsfs.test_filesystem import bucket_world, grant_for, mounted, write_file
+from tests.dcsfs.test_shared import cuttable, until
+
+DATA = bytes(range(256)) * 1000
+
+
+async def is_there(mount, number):
+    request = m.InodeRequest(mount.client.api_key, mount.client.bucket, number)
+    try:
+        await mount.client.call(m.GET_INODE, request)
+    except NotFound:
+        return False
+    return True
+
+
+async def used_bytes(world):
+    client = await open_bucket(world.runtime, world.pool(), grant_for(world), "photos")
+    return client.info.used_bytes
+
+
+async def test_a_file_goes_when_the_last_mount_has_closed_it(tmp_path, autojump_clock):
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as m1,
+        mounted(world, tmp_path, "other") as m2,
+    ):
+        root = m1.filesystem.root.number
+        await trio.sleep(2)
+        kept = await write_file(m1.filesystem, root, b"kept", DATA)
+        gone = await write_file(m1.filesystem, root, b"gone", DATA)
+        await m1.drain()
+        assert await used_bytes(world) == 2 * len(DATA)
+        await m2.filesystem.directories.lookup(root, b"kept")
+        handle = await m2.filesystem.open(kept.number, os.O_RDONLY)
+        for name in (b"kept", b"gone"):
+            await m1.filesystem.unlink(root, name)
+        await trio.sleep(3 * ORPHAN_INTERVAL_S)
+        assert not await is_there(m1, gone.number)
+        assert await used_bytes(world) == len(DATA)
+        assert bytes(await m2.filesystem.read(handle, 1000, 500)) == DATA[1000:1500]
+        m2.filesystem.release(handle)
+        await trio.sleep(3 * ORPHAN_INTERVAL_S)
+        assert not await is_there(m1, kept.number)
+        assert await used_bytes(world) == 0
+        await write_file(m2.filesystem, root, b"kept", b"another")
+        assert m1.volume.is_shared
+        assert m2.volume.is_shared
+
+
+async def test_a_mount_that_does_not_answer_may_hold_anything(tmp_path, autojump_clock):
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as m1,
+        cuttable(world, tmp_path, "away") as (runtime, away),
+    ):
+        root = m1.filesystem.root.number
+        await trio.sleep(2)
+        inode = await write_file(m1.filesystem, root, b"f", DATA)
+        await m1.drain()
+        await away.filesystem.directories.lookup(root, b"f")
+        handle = await away.filesystem.open(inode.number, os.O_RDONLY)
+        runtime.cut()
+        await m1.filesystem.unlink(root, b"f")
+        await trio.sleep(3 * ORPHAN_INTERVAL_S)
+        assert await is_there(m1, inode.number)
+        runtime.is_cut = False
+        await until(lambda: away.volume.is_trusted)
+        await trio.sleep(3 * ORPHAN_INTERVAL_S)
+        assert bytes(await away.filesystem.read(handle, 0, 500)) == DATA[:500]
+        away.filesystem.release(handle)
+        await trio.sleep(3 * ORPHAN_INTERVAL_S)
+        assert not await is_there(m1, inode.number)
+
+
+async def test_more_orphans_than_one_question_holds(tmp_path, autojump_clock, monkeypatch):
+    monkeypatch.setattr(orphans, "ORPHANS_ASKED_MAX", 5)
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as m1,
+        mounted(world, tmp_path, "other") as m2,
+    ):
+        root = m1.filesystem.root.number
+        await trio.sleep(2)
+        names = [b"%d" % number for number in range(23)]
+        made = [await write_file(m1.filesystem, root, name, b"content") for name in names]
+        await m1.drain()
+        handles = [await m1.filesystem.open(inode.number, os.O_RDONLY) for inode in made[:7]]
+        for name in names:
+            await m2.filesystem.unlink(root, name)
+        await trio.sleep(3 * ORPHAN_INTERVAL_S)
+        there = [inode for inode in made if await is_there(m1, inode.number)]
+        assert there == made[:7]
+        for handle in handles:
+            assert bytes(await m1.filesystem.read(handle, 0, 100)) == b"content"
