@@ -10,7 +10,7 @@ import pytest
 from tests.mount.conftest import Mount
 from tests.mount.test_two_mounts import snapshot
 
-WORKERS, OPERATIONS = 6, 2500
+WORKERS = 6
 pytestmark = pytest.mark.crash
 
 
@@ -27,21 +27,26 @@ def links_are_right(root):
         assert links == len(found), found
 
 
-@pytest.mark.parametrize("options", ["", ",exclusive"])
-def test_what_many_processes_leave_is_what_is_kept(small_net, options):
-    mount = Mount(small_net, small_net.bucket("stress"))
-    mount.mount(options)
+def work(points, operations):
+    """Have WORKERS processes work in these mount points by turns, each at so many operations."""
     program = str(Path(__file__).with_name("stress.py"))
     workers = [
         subprocess.Popen(
-            [sys.executable, program, str(mount.point), str(seed), str(OPERATIONS)],
+            [sys.executable, program, points[seed % len(points)], str(seed), str(operations)],
             stdout=subprocess.PIPE, text=True,
         )
         for seed in range(WORKERS)
     ]  # fmt: skip
     done = [worker.communicate(timeout=500)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * WORKERS
-    assert all(int(count) > OPERATIONS / 5 for count in done), done
+    assert all(int(count) > operations / 5 for count in done), done
+
+
+@pytest.mark.parametrize("options", ["", ",exclusive"])
+def test_what_many_processes_leave_is_what_is_kept(small_net, options):
+    mount = Mount(small_net, small_net.bucket("stress"))
+    mount.mount(options)
+    work([str(mount.point)], 2500)
     links_are_right(mount.point)
     left = snapshot(mount.point)
     assert len(left[0]) > 50
@@ -51,3 +56,22 @@ def test_what_many_processes_leave_is_what_is_kept(small_net, options):
     assert snapshot(mount.point) == left
     links_are_right(mount.point)
     mount.umount()
+
+
+def test_two_mounts_at_random_work_agree_on_what_is_left(small_net):
+    bucket = small_net.bucket("stress-shared")
+    one, two = Mount(small_net, bucket), Mount(small_net, bucket, "-2")
+    one.mount()
+    two.mount()
+    work([str(one.point), str(two.point)], 800)
+    left = snapshot(one.point)
+    assert len(left[0]) > 50
+    assert snapshot(two.point) == left
+    links_are_right(one.point)
+    for mount in (one, two):
+        mount.umount()
+    one.forget_cache()
+    one.mount()
+    assert snapshot(one.point) == left
+    links_are_right(one.point)
+    one.umount()
