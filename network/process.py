@@ -20,6 +20,8 @@ from network.errors import DcsError
 log = logging.getLogger(__name__)
 
 OOM_SCORE_ADJUSTMENT = -500
+MEMORY_CAP_BYTES_MIN = 2 << 30
+"""Four times what a mount takes under load (docs/status.md)."""
 _PR_SET_IO_FLUSHER = 57
 EXIT_FAILURE = 1
 
@@ -71,6 +73,21 @@ def shield_from_memory_pressure() -> None:
         log.info("OOM score stays as it is: %s", error)
     if ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
         log.info("the IO flusher flag is not allowed here")
+
+
+def cap_memory() -> None:
+    """Let this process have half of the machine's memory, at least MEMORY_CAP_BYTES_MIN.
+
+    What it caches is bounded far below; what is not, the names it knows, and mistakes, must not
+    take a machine down whose kernel spares this process. Beyond the limit an allocation fails.
+    Private writable memory counts, stacks of threads whole (RLIMIT_DATA, setrlimit(2)).
+    """
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = max(half, MEMORY_CAP_BYTES_MIN)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
 
 
 def notify_service_manager(text: str) -> None:

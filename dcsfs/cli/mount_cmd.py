@@ -19,6 +19,7 @@ from dcsfs.fuse.mount import MountDaemon, MountOptions, is_mount_point, unmount_
 from network.errors import DcsError, InvalidArgument, Unavailable
 from network.limits import UMOUNT_PROGRESS_DEADLINE_S
 from network.process import (
+    cap_memory,
     first_error,
     notify_service_manager,
     raise_descriptor_limit,
@@ -152,6 +153,7 @@ def _remount_kernel(mountpoint: Path, mode: str) -> None:
 def _serve(options: MountOptions, access_path: Path, ready_fd: int | None) -> None:
     raise_descriptor_limit()
     shield_from_memory_pressure()
+    cap_memory()
     daemon = MountDaemon(options, load_access(access_path))
 
     def report(text: str) -> None:

@@ -48,6 +48,8 @@ def errno_of(error: BaseException) -> int:
         return error.errno
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return errno.ENOSPC
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
     for cls in type(error).__mro__:
         if cls in _TABLE:
             return _TABLE[cls]

@@ -35,7 +35,7 @@ FAILURES = [
     (KeyError("a bug"), errno.EIO),
     (AssertionError("a bug"), errno.EIO),
     (RecursionError("a bug"), errno.EIO),
-    (MemoryError(), errno.EIO),
+    (MemoryError(), errno.ENOMEM),
     (StopAsyncIteration(), errno.EIO),
     (ExceptionGroup("several", [ValueError("a bug"), KeyError("another")]), errno.EIO),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a name"), errno.EIO),

@@ -494,4 +494,8 @@ def test_the_daemon_is_the_last_to_be_killed_for_memory(net, mount_of):
     before = Path("/proc/self/oom_score_adj").read_text()
     after = (process / "oom_score_adj").read_text()
     assert after == ("-500\n" if is_allowed else before)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cap = max(memory // 2, 2 << 30)
+    limits = (process / "limits").read_text().splitlines()
+    assert next(line.split()[3] for line in limits if line.startswith("Max data")) == str(cap)
     mount.umount()
