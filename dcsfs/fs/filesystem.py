@@ -478,10 +478,10 @@ class FileSystem:
         inode = await self.directories.fresh(number)
         if inode.is_directory:
             raise FsError(errno.EISDIR)
-        if inode.is_reaped and inode.nlink == 0:
-            raise FsError(
-                errno.ESTALE
-            )  # its name went after the kernel had found it: it looks again
+        is_gone = inode.is_reaped and inode.nlink == 0
+        if is_gone or inode.kind is not Kind.FILE:
+            # What the kernel has found under the name is not what is there now: it looks again.
+            raise FsError(errno.ESTALE)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self.check_writable()
         if flags & os.O_TRUNC:
@@ -499,13 +499,18 @@ class FileSystem:
     async def create(
         self, parent_number: int, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[int, Inode]:
-        """open(O_CREAT): make the file, or open what is there unless O_EXCL."""
+        """open(O_CREAT): make the file, or open what another mount has just made, unless O_EXCL.
+
+        ESTALE where the kernel must look first: it checks permissions of what it knows is there.
+        """
         try:
             inode = await self.create_node(parent_number, name, Kind.FILE, mode, caller)
         except FsError as error:
             if error.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise
             inode = await self.directories.lookup(parent_number, name)
+            if not _may_open(inode, flags, caller):
+                raise FsError(errno.ESTALE) from error
             return await self.open(inode.number, flags), inode
         return self._add_handle(inode), inode
 
@@ -599,3 +604,10 @@ class FileSystem:
         if self._writeback is not None:
             await self.volume.log.sync()
             await self._writeback.drain(or_refusal=or_refusal)
+
+
+def _may_open(inode: Inode, flags: int, caller: Caller) -> bool:
+    """Whether root, or the owner by the mode alone, may open a file so."""
+    wanted = {os.O_RDONLY: 0o4, os.O_WRONLY: 0o2}.get(flags & os.O_ACCMODE, 0o6)
+    is_owner = caller.uid == inode.uid and inode.mode >> 6 & wanted == wanted
+    return inode.kind is not Kind.FILE or caller.uid == 0 or is_owner

@@ -298,6 +298,7 @@ class Volume:
 
     def _layer(self, inode: Inode) -> Layer:
         """The inode's layer in the open batch; its state is logged when it gets one."""
+        assert inode.kind is m.Kind.FILE, "only files have content"
         layer = self.open_batch.layers.get(inode.number)
         if layer is None:
             while inode.number not in self.open_batch.touched:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import trio
 
-from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes
+from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.mounted import VolumeOptions, close_session, open_volume
 from dcsfs.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
@@ -256,6 +256,33 @@ async def test_one_of_many_wins_exclusive_creation(tmp_path, autojump_clock):
         for number in range(20):
             found = sorted(result for name, result in outcomes if name == b"%d" % number)
             assert found == ["EEXIST", "EEXIST", "made"]
+
+
+async def test_creating_what_another_mount_has_just_made(tmp_path, autojump_clock):
+    """The kernel asks for a new file: it has looked, and checks no permissions of what is there."""
+    async with (
+        bucket_world(tmp_path) as world,
+        mounted(world, tmp_path) as m1,
+        mounted(world, tmp_path, "other") as m2,
+    ):
+        root, flags = m1.filesystem.root.number, os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        await trio.sleep(2)
+        link = await m1.filesystem.create_node(
+            root, b"link", Kind.SYMLINK, 0o777, CALLER, target=b"file"
+        )
+        await m1.filesystem.create_node(root, b"dir", Kind.DIRECTORY, 0o755, CALLER)
+        await save(m1, b"file", b"content")
+        stranger, administrator = Caller(2000, 2000, 0o022), Caller(0, 0, 0o022)
+        create = m2.filesystem.create
+        assert await code(create, root, b"link", 0o644, flags, CALLER) == "ESTALE"
+        assert await code(create, root, b"dir", 0o644, flags, CALLER) == "EISDIR"
+        assert await code(create, root, b"file", 0o644, flags, stranger) == "ESTALE"
+        for caller in (CALLER, administrator):
+            handle, _ = await create(root, b"file", 0o644, os.O_RDWR | os.O_CREAT, caller)
+            assert bytes(await m2.filesystem.read(handle, 0, 100)) == b"content"
+            m2.filesystem.release(handle)
+        assert (await m1.filesystem.directories.fresh(link.number)).symlink == b"file"
+        assert await code(m1.filesystem.open, link.number, flags) == "ESTALE"
 
 
 async def test_open_file_of_one_mount_survives_removal_by_the_other(tmp_path, autojump_clock):
