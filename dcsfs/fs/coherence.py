@@ -9,6 +9,7 @@ writer waits for that. Alone again, the mount asks for the lease.
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import Protocol
 
 import trio
@@ -297,9 +298,12 @@ class Coherence:
         async with self._direct.lock:
             if not volume.is_shared or volume.has_backlog:
                 return
-            orphans = tuple(inode.number for inode in volume.inodes.values() if inode.open_count)[
-                :65536
-            ]
+            needed = (
+                inode.number
+                for inode in volume.inodes.values()
+                if inode.open_count or (inode.nlink == 0 and inode.is_in_use)
+            )
+            orphans = tuple(islice(needed, 65536))
             request = AcquireLeaseRequest(volume.client.api_key, volume.session.session_id, orphans)
             try:
                 reply = await volume.client.call(ACQUIRE_LEASE, request)

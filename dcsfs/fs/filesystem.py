@@ -95,7 +95,8 @@ class FileSystem:
             self.residence.forget(number, count)
             return
         inode.lookup_count -= count
-        if inode.lookup_count <= 0 and inode.is_reaped and inode.open_count == 0:
+        self._reap_if_unused(inode)
+        if inode.is_reaped and not inode.is_in_use:
             del self.volume.inodes[number]
 
     def check_writable(self) -> None:
@@ -312,7 +313,12 @@ class FileSystem:
             inode.nlink -= 1
 
     def _reap_if_unused(self, inode: Inode) -> None:
-        if inode.nlink == 0 and inode.open_count == 0 and not self.volume.is_read_only:
+        """Give up an inode without names, once the kernel, too, has no way to it any more.
+
+        A program may have found a name just before it went, and open it now.
+        """
+        is_sure = not (self.volume.is_shared and inode.is_stale)
+        if inode.nlink == 0 and not inode.is_in_use and is_sure and not self.volume.is_read_only:
             self.volume.reap(inode)
 
     @by_lease
@@ -596,7 +602,7 @@ class FileSystem:
             return
         found.inode.open_count -= 1
         self._reap_if_unused(found.inode)
-        if found.inode.is_reaped and found.inode.lookup_count <= 0:
+        if found.inode.is_reaped and not found.inode.is_in_use:
             self.volume.inodes.pop(found.inode.number, None)
 
     async def sync_everything(self, *, or_refusal: bool = False) -> None:

@@ -194,7 +194,7 @@ class SharedNames:
         inode.ctime_ns = now
         inode.nlink = 0 if inode.is_directory else max(0, inode.nlink - 1)
         # Counted wrongly it would be given up too early: then it is loaded again first.
-        if is_quiet and not inode.is_stale and inode.nlink == 0 and inode.open_count == 0:
+        if is_quiet and not inode.is_stale and inode.nlink == 0 and not inode.is_in_use:
             self._volume.reap(inode)
 
     async def rename(

@@ -193,6 +193,11 @@ class Inode:
         )
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether it is open, or the kernel may open it."""
+        return self.open_count > 0 or self.lookup_count > 0
+
+    @property
     def is_directory(self) -> bool:
         """Whether it is a directory."""
         return self.kind is Kind.DIRECTORY

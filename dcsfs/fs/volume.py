@@ -347,7 +347,7 @@ class Volume:
         if not batch:
             return
         for number, inode in batch.touched.items():
-            dead = inode.nlink == 0 and inode.open_count == 0
+            dead = inode.nlink == 0 and not inode.is_in_use
             batch.frozen[number] = FrozenInode(inode.attributes, inode.size, dead)
         batch.last_sequence = self._replayed_sequence or self.log.last_sequence
         self.queue.append(batch)

@@ -14,7 +14,8 @@ from dcsfs.fs.building import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller, Changes
 from dcsfs.fs.errors import FsError
 from dcsfs.fs.mounted import VolumeOptions, close_session, open_volume
 from dcsfs.uplink.buckets import create_bucket
-from network.errors import InvalidArgument, WrongPassphrase
+from network import messages as m
+from network.errors import InvalidArgument, NotFound, WrongPassphrase
 from network.messages import Kind
 from tests.planet import planet
 
@@ -208,8 +209,6 @@ async def test_namespace_errors_are_posix(tmp_path, autojump_clock):
 
 
 def errno_name(number):
-    import errno
-
     return errno.errorcode[number]
 
 
@@ -395,26 +394,33 @@ async def test_replay_guard_switched_off_loses_the_data(tmp_path, autojump_clock
                 await m2.filesystem.directories.lookup(m2.filesystem.root.number, b"new")
 
 
-async def test_a_file_that_loses_its_name_while_it_is_looked_up_holds_nothing_up(
-    tmp_path, autojump_clock
+@pytest.mark.parametrize("is_sent", [False, True])
+async def test_a_file_that_loses_its_name_while_it_is_looked_up_can_be_opened(
+    tmp_path, autojump_clock, is_sent
 ):
     """The kernel finds a path, another process removes it, then the first one's call arrives."""
     async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as m1:
         fs, root = m1.filesystem, m1.filesystem.root.number
         inode = await write_file(fs, root, b"f", b"content")
         inode.lookup_count += 1
-        await m1.drain()
+        if is_sent:
+            await m1.drain()
         await fs.unlink(root, b"f")
+        await m1.drain()
         await fs.xattrs.set(inode.number, b"user.a", b"1")
         await fs.xattrs.remove(inode.number, b"user.a")
         await fs.set_attributes(inode.number, Changes(mode=0o600, size=3))
-        with pytest.raises(FsError) as caught:
-            await fs.open(inode.number, os.O_RDWR)
-        assert caught.value.errno == errno.ESTALE
-        await write_file(fs, root, b"g", b"goes on")
+        handle = await fs.open(inode.number, os.O_RDWR)
+        assert bytes(await fs.read(handle, 0, 100)) == b"con"
+        fs.release(handle)
+        fs.forget(inode.number, 1)
+        assert inode.number not in m1.volume.inodes
         with trio.fail_after(60):
             await m1.drain()
         assert m1.writeback.last_error == ""
+        request = m.InodeRequest(m1.client.api_key, m1.client.bucket, inode.number)
+        with pytest.raises(NotFound):
+            await m1.client.call(m.GET_INODE, request)
 
 
 async def test_reads_while_the_log_is_trimmed_see_the_right_bytes(tmp_path, autojump_clock):

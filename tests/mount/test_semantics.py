@@ -121,15 +121,23 @@ def test_atomic_rename(here):
         "while True:\n"
         "    text = pathlib.Path(sys.argv[1]).read_text()\n"
         "    seen.add(text)\n"
-        "    if text == '99': break\n"
+        "    if text == 'end': break\n"
         "print(' '.join(sorted(seen)))"
     )
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        reader = pool.submit(run, program, here / "target")
-        for number in range(100):
-            (here / "new").write_text(str(number))
-            (here / "new").rename(here / "target")
-        assert set(reader.result().split()) <= {str(number) for number in range(100)}
+
+    def replace(writer):
+        for number in range(500):
+            (here / f"new {writer}").write_text(str(number))
+            (here / f"new {writer}").rename(here / "target")
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        readers = [pool.submit(run, program, here / "target") for _ in range(2)]
+        for writer in [pool.submit(replace, number) for number in range(3)]:
+            writer.result()
+        (here / "new").write_text("end")
+        (here / "new").rename(here / "target")
+        for reader in readers:
+            assert set(reader.result().split()) <= {"end", *map(str, range(500))}
 
 
 def test_rename_flags(here):
