@@ -157,9 +157,11 @@ async def test_random_work_apart_keeps_what_either_side_saved(
                 async with mounted(world, tmp_path, "stayed") as stayed:
                     await check(base, one, two, [away, stayed])
         if leaves and crashes:
-            async with mounted(world, tmp_path, "away") as away:
+            async with mounted(world, tmp_path, "away", is_exclusive=bool(seed % 2)) as away:
                 await away.drain()
                 await until(lambda: not away.volume.is_shared, 60)
+                if seed % 2:
+                    await close_session(away)
                 async with mounted(world, tmp_path, "stayed") as stayed:
                     await check(base, one, two, [away, stayed])
         elif crashes:
