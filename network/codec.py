@@ -18,6 +18,7 @@ import msgpack
 
 from network.errors import InvalidArgument, ProtocolError
 from network.ids import Id
+from network.limits import INTEGER_MAX, INTEGER_MIN
 
 Wire = Any  # a msgpack value: this module's whole business is to turn it into something typed
 T = TypeVar("T")
@@ -25,8 +26,6 @@ T = TypeVar("T")
 BYTES_MAX_DEFAULT = 64 * 1024
 TEXT_MAX_DEFAULT = 4096
 ITEMS_MAX_DEFAULT = 65536
-INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
-"""What the databases behind the messages store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,8 @@ SYMLINK_BYTES_MAX = 4096
 XATTR_VALUE_BYTES_MAX = 64 * KiB
 XATTRS_PER_INODE_MAX = 256
 FILE_BYTES_MAX = 2**62
-TIME_NS_MIN, TIME_NS_MAX = -(2**63), 2**63 - 1  # from 1677 to 2262: a signed 64-bit column
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1  # what the columns behind the messages store
+TIME_NS_MIN, TIME_NS_MAX = INTEGER_MIN, INTEGER_MAX  # from 1677 to 2262
 
 # Batches
 APPLY_OPERATIONS_MAX = 16384

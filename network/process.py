@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 OOM_SCORE_ADJUSTMENT = -500
 MEMORY_CAP_BYTES_MIN = 2 << 30
-"""Four times what a mount takes under load (docs/status.md)."""
+"""Four times what a mount may take under load (512 MiB; docs/status.md)."""
 _PR_SET_IO_FLUSHER = 57
 EXIT_FAILURE = 1
 

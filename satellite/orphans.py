@@ -5,6 +5,7 @@ it open nobody can: the satellite asks all of them, again and again, and drops w
 """
 
 import logging
+import sqlite3
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,9 @@ from satellite.hub import Hub
 from satellite.metabase import inodes, sessions
 
 log = logging.getLogger(__name__)
+
+BUCKETS_AT_ONCE = 16
+"""A session that does not answer holds its own bucket up, not the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +60,29 @@ def drop(tx: Transaction, orphans: SharedOrphans, held: frozenset[int], now: int
 
 
 async def collect_forever(database: Database, hub: Hub, runtime: Runtime) -> None:
-    """The satellite's background task; until cancelled. A bucket is changed whole or not at all."""
-    while True:
-        await trio.sleep(ORPHAN_INTERVAL_S)
-        for bucket_id in database.read(buckets_with_orphans):
+    """The satellite's background task; until cancelled. A page is dropped whole or not at all.
+
+    What fails, the database too, is tried again at the next turn.
+    """
+    limiter = trio.CapacityLimiter(BUCKETS_AT_ONCE)
+
+    async def collect(bucket_id: int) -> None:
+        async with limiter:
             try:
                 await _collect(database, hub, runtime, bucket_id)
-            except DcsError as error:
+            except (DcsError, sqlite3.Error) as error:
                 log.warning("inodes without names stay for now: %s", error)
+
+    while True:
+        await trio.sleep(ORPHAN_INTERVAL_S)
+        try:
+            found = database.read(buckets_with_orphans)
+        except sqlite3.Error as error:
+            log.warning("the database cannot be read: %s", error)
+            continue
+        async with trio.open_nursery() as nursery:
+            for bucket_id in found:
+                nursery.start_soon(collect, bucket_id)
 
 
 async def _collect(database: Database, hub: Hub, runtime: Runtime, bucket_id: int) -> None:

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 DONT_MASK = 1 << 6
 """FUSE_DONT_MASK of linux/fuse.h, protocol 7.12."""
-INIT_WAIT_S = 10.0
-"""The kernel sends INIT with the mount; it is there already."""
+INIT_WAIT_S = 1.0
+"""The kernel sends INIT with the mount: it is there already, and the loop does not stand still."""
 _REQUEST_BYTES_MAX = 1 << 20
 _INIT_OPCODE = 26
 _IN_HEADER = struct.Struct("=IIQQIIIHH")

@@ -14,7 +14,7 @@ import trio
 
 from dcsfs.fs.filesystem import FileSystem
 from dcsfs.fs.state import Dentry
-from dcsfs.fuse.operations import CAN_EXPIRE_NAMES, DIRECTORY_NAME_TIMEOUT_S, FUSE_ROOT
+from dcsfs.fuse.operations import CAN_EXPIRE_NAMES, DIRECTORY_NAME_TIMEOUT_S, kernel_number
 from network.messages import Kind
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,6 @@ class FuseKernelCaches:
         self._descriptor = descriptor
         self._limiter = trio.CapacityLimiter(4)
 
-    def _kernel_number(self, number: int) -> pyfuse3.InodeT:
-        return pyfuse3.InodeT(FUSE_ROOT if number == self._fs.root.number else number)
-
     def _known(self, number: int) -> bool:
         inode = self._fs.volume.inodes.get(number)
         is_root = number == self._fs.root.number
@@ -57,12 +54,12 @@ class FuseKernelCaches:
             await trio.to_thread.run_sync(run, limiter=self._limiter, abandon_on_cancel=True)
 
     def _forget_inode(self, number: int) -> Callable[[], None]:
-        inode = self._kernel_number(number)
+        inode = kernel_number(self._fs, number)
         return lambda: pyfuse3.invalidate_inode(inode, attr_only=False)
 
     def _expire_entry(self, parent: int, dentry: Dentry) -> Callable[[], None]:
         """Have the kernel ask for a name again when it is next used."""
-        inode = self._kernel_number(parent)
+        inode = kernel_number(self._fs, parent)
         if CAN_EXPIRE_NAMES:
             return lambda: self._notify_expiry(inode, dentry.name)
         return lambda: pyfuse3.invalidate_entry(inode, pyfuse3.FileNameT(dentry.name))

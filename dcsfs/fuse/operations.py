@@ -50,6 +50,11 @@ STATFS_FREE_BYTES = 1 << 50
 """Shown for a bucket without quota: 1 PiB, so that installers and copiers go ahead."""
 
 
+def kernel_number(filesystem: FileSystem, number: int) -> pyfuse3.InodeT:
+    """What the kernel calls an inode: the mounted root is 1, whatever subtree it is."""
+    return pyfuse3.InodeT(FUSE_ROOT if number == filesystem.root.number else number)
+
+
 def guarded(
     handler: Callable[Concatenate["DcsOperations", P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate["DcsOperations", P], Coroutine[Any, Any, R]]:
@@ -134,8 +139,7 @@ class DcsOperations(pyfuse3.Operations):
 
     def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        is_root = inode.number == self._fs.root.number
-        entry.st_ino = pyfuse3.InodeT(FUSE_ROOT if is_root else inode.number)
+        entry.st_ino = kernel_number(self._fs, inode.number)
         entry.generation = inode.generation
         entry.entry_timeout, entry.attr_timeout = self._timeouts(inode)
         entry.st_mode = pyfuse3.ModeT((inode.kind << 12) | inode.mode)
@@ -359,15 +363,12 @@ class DcsOperations(pyfuse3.Operations):
     def _list_dots(self, number: int, start_id: int, token: pyfuse3.ReaddirToken) -> bool:
         """List `.` and `..`; False if there is no room. The kernel counts no references to them."""
         inode = self._fs.inode(number)
-        for cookie, name in enumerate((b".", b".."), start=1):
+        above = number if inode is self._fs.root else inode.parent
+        for cookie, name, shown in ((1, b".", number), (2, b"..", above)):
             if cookie <= start_id:
                 continue
             attributes = self._attributes(inode)
-            if name == b"..":
-                is_below_root = inode.parent == self._fs.root.number
-                attributes.st_ino = pyfuse3.InodeT(FUSE_ROOT if is_below_root else inode.parent)
-            if number == self._fs.root.number:
-                attributes.st_ino = pyfuse3.InodeT(FUSE_ROOT)
+            attributes.st_ino = kernel_number(self._fs, shown)
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, cookie):
                 return False
         return True

@@ -1,7 +1,10 @@
 """Inodes that lose their last name while several mounts are at work."""
 
 import os
+import sqlite3
+from contextlib import asynccontextmanager
 
+import pytest
 import trio
 
 from dcsfs.uplink.client import open_bucket
@@ -29,14 +32,20 @@ async def used_bytes(world):
     return client.info.used_bytes
 
 
-async def test_a_file_goes_when_the_last_mount_has_closed_it(tmp_path, autojump_clock):
+@asynccontextmanager
+async def two_mounts(tmp_path):
     async with (
         bucket_world(tmp_path) as world,
         mounted(world, tmp_path) as m1,
         mounted(world, tmp_path, "other") as m2,
     ):
-        root = m1.filesystem.root.number
         await trio.sleep(2)
+        yield world, m1, m2
+
+
+async def test_a_file_goes_when_the_last_mount_has_closed_it(tmp_path, autojump_clock):
+    async with two_mounts(tmp_path) as (world, m1, m2):
+        root = m1.filesystem.root.number
         kept = await write_file(m1.filesystem, root, b"kept", DATA)
         gone = await write_file(m1.filesystem, root, b"gone", DATA)
         await m1.drain()
@@ -85,13 +94,8 @@ async def test_a_mount_that_does_not_answer_may_hold_anything(tmp_path, autojump
 
 async def test_more_orphans_than_one_question_holds(tmp_path, autojump_clock, monkeypatch):
     monkeypatch.setattr(orphans, "ORPHANS_ASKED_MAX", 5)
-    async with (
-        bucket_world(tmp_path) as world,
-        mounted(world, tmp_path) as m1,
-        mounted(world, tmp_path, "other") as m2,
-    ):
+    async with two_mounts(tmp_path) as (_, m1, m2):
         root = m1.filesystem.root.number
-        await trio.sleep(2)
         names = [b"%d" % number for number in range(23)]
         made = [await write_file(m1.filesystem, root, name, b"content") for name in names]
         await m1.drain()
@@ -103,3 +107,25 @@ async def test_more_orphans_than_one_question_holds(tmp_path, autojump_clock, mo
         assert there == made[:7]
         for handle in handles:
             assert bytes(await m1.filesystem.read(handle, 0, 100)) == b"content"
+
+
+@pytest.mark.parametrize("step", ["buckets_with_orphans", "page", "drop"])
+async def test_a_database_that_fails_once_ends_nothing(tmp_path, autojump_clock, monkeypatch, step):
+    failures = []
+    works = getattr(orphans, step)
+
+    def fails_once(*arguments, **named):
+        if not failures:
+            failures.append(step)
+            raise sqlite3.OperationalError("database or disk is full")
+        return works(*arguments, **named)
+
+    async with two_mounts(tmp_path) as (_, m1, m2):
+        monkeypatch.setattr(orphans, step, fails_once)
+        root = m1.filesystem.root.number
+        inode = await write_file(m1.filesystem, root, b"f", DATA)
+        await m1.drain()
+        await m2.filesystem.unlink(root, b"f")
+        await trio.sleep(4 * ORPHAN_INTERVAL_S)
+        assert failures
+        assert not await is_there(m1, inode.number)
