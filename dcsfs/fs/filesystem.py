@@ -549,6 +549,7 @@ class FileSystem:
             await self.directories.fresh(inode.number)
         await self.space.check_write(inode, offset, len(data))
         await self._wait_for_room(len(data) + 4096, needs_lease=False)
+        await self.space.check_write(inode, offset, len(data))  # others have written meanwhile
         view = memoryview(data)
         try:
             self.volume.stage(inode, offset, view, self._now())

@@ -92,6 +92,8 @@ class Volume:
         self._replayed_sequence = 0
         """While recovering: the log record that is being replayed."""
         self._replayed_xattrs: list[journal.XattrState] = []
+        self.staged_bytes = 0
+        """File bytes ever staged; what overwrites staged ones is not counted again."""
         self._restated: set[int] = set()
         """While recovering: inodes whose attributes the replayed records set."""
 
@@ -318,7 +320,9 @@ class Volume:
     ) -> None:
         before = layer.data.total_bytes
         layer.data.insert(offset, offset + count, position, journal.DATA_HEAD.size)
-        self.open_batch.data_bytes += layer.data.total_bytes - before
+        grown = layer.data.total_bytes - before
+        self.open_batch.data_bytes += grown
+        self.staged_bytes += grown
         layer.end = max(layer.end, offset + count)
         inode.size = max(inode.size, offset + count)
         inode.mtime_ns = inode.ctime_ns = now

@@ -117,6 +117,7 @@ class Xattrs:
     @by_lease
     async def remove(self, number: int, name: bytes) -> None:
         """Remove an attribute; ENODATA."""
+        _check_namespace(name)
         inode, xattrs = await self.load(number)
         await self._prepare_change(4096)
         if name not in xattrs and name not in (acl.ACCESS, acl.DEFAULT):
@@ -171,6 +172,7 @@ class SharedXattrs:
 
     async def remove(self, number: int, name: bytes) -> None:
         """See Xattrs."""
+        _check_namespace(name)
         inode, xattrs = await self._xattrs.load(number)
         if name not in xattrs and name not in (acl.ACCESS, acl.DEFAULT):
             raise FsError(errno.ENODATA)
@@ -236,8 +238,8 @@ def check_flags(xattrs: dict[bytes, bytes], name: bytes, flags: int) -> None:
 def _check_namespace(name: bytes) -> None:
     if name in (acl.ACCESS, acl.DEFAULT):
         return
-    namespace, _, rest = name.partition(b".")
-    if namespace not in _NAMESPACES:
+    namespace, dot, rest = name.partition(b".")
+    if not dot or namespace not in _NAMESPACES:
         raise FsError(errno.EOPNOTSUPP)
     if not rest:
         raise FsError(errno.EINVAL)

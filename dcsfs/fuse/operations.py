@@ -311,7 +311,13 @@ class DcsOperations(pyfuse3.Operations):
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Stage bytes in the local log."""
-        return await self._fs.write(fh, off, buf)
+        try:
+            return await self._fs.write(fh, off, buf)
+        except FsError as error:
+            if error.errno != errno.EDQUOT or not self.enable_writeback_cache:
+                raise
+            # Of what its write-back meets the kernel tells a program ENOSPC, or else EIO.
+            raise FsError(errno.ENOSPC, str(error)) from error
 
     @guarded
     async def flush(self, fh: int) -> None:

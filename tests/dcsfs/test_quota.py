@@ -69,6 +69,46 @@ async def test_a_full_bucket_refuses_what_is_more_and_takes_what_overwrites(
             assert await set_quota(world, 1000 * KB) == 950 * KB
 
 
+async def test_what_this_mount_has_committed_counts_at_once(tmp_path, autojump_clock):
+    async with bucket_world(tmp_path) as world:
+        await set_quota(world, 1000 * KB)
+        async with mounted(world, tmp_path) as mount:
+            fs, root = mount.filesystem, mount.filesystem.root.number
+            await write_file(fs, root, b"first", os.urandom(600 * KB))
+            await mount.drain()
+            second, _ = await fs.create(root, b"second", 0o644, os.O_RDWR, CALLER)
+            assert await refused(fs.write, second, 0, bytes(401 * KB)) == "EDQUOT"
+            await fs.unlink(root, b"first")
+            await fs.write(second, 0, bytes(900 * KB))
+            await fs.fsync(fs.handle_inode(second).number)
+            await mount.drain()
+            assert await set_quota(world, 1000 * KB) == 900 * KB
+
+
+async def test_writers_at_the_same_time_do_not_overdraw_together(tmp_path, autojump_clock):
+    async with bucket_world(tmp_path) as world:
+        await set_quota(world, 1000 * KB)
+        async with mounted(world, tmp_path) as mount:
+            fs, root = mount.filesystem, mount.filesystem.root.number
+            refusals = []
+
+            async def write(name):
+                handle, _ = await fs.create(root, name, 0o644, os.O_RDWR, CALLER)
+                try:
+                    await fs.write(handle, 0, os.urandom(300 * KB))
+                except FsError as error:
+                    refusals.append(errno.errorcode[error.errno])
+                fs.release(handle)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(write, b"%d" % number)
+            assert refusals == 5 * ["EDQUOT"]
+            await mount.drain()
+            assert mount.writeback.refusal is None
+            assert await set_quota(world, 1000 * KB) == 900 * KB
+
+
 async def test_a_quota_lowered_while_content_is_staged_is_reported_and_loses_nothing(
     tmp_path, autojump_clock
 ):
