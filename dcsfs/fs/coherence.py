@@ -301,7 +301,7 @@ class Coherence:
             needed = (
                 inode.number
                 for inode in volume.inodes.values()
-                if inode.open_count or (inode.nlink == 0 and inode.is_in_use)
+                if volume.is_held(inode.number) or (inode.nlink == 0 and inode.is_in_use)
             )
             orphans = tuple(islice(needed, 65536))
             request = AcquireLeaseRequest(volume.client.api_key, volume.session.session_id, orphans)

@@ -18,7 +18,14 @@ from dcsfs.fs.volume import Volume
 from dcsfs.keys import InodeKey, Place, Sealed
 from dcsfs.uplink.client import INLINE_SEGMENT
 from network import messages as m
-from network.errors import AlreadyExists, DcsError, IntegrityError, NotFound, Reserved
+from network.errors import (
+    AlreadyExists,
+    DcsError,
+    IntegrityError,
+    NotFound,
+    QuotaExceeded,
+    Reserved,
+)
 from network.extentmap import EMPTY_MAP_ROOT, Row
 from network.limits import NAME_BYTES_MAX
 
@@ -48,8 +55,8 @@ class Conflicts:
 
         Raises what the satellite's answers raise; the batch is then as it was.
         """
-        if isinstance(error, Reserved):
-            return False  # another session's older content comes first
+        if isinstance(error, Reserved | QuotaExceeded):
+            return False  # another session's older content comes first, or room
         if isinstance(operation, m.CommitContent):
             return await self._settle_content(batch, operation.inode)
         if isinstance(operation, m.SetAttributes):
@@ -302,7 +309,7 @@ class Conflicts:
             assert fresh is not None
             self._take_over(inode, fresh)
             return True
-        if not self._volume.is_shared:
+        if fresh is not None and not self._volume.is_shared:
             return False
         if fresh is not None:
             self._volume.follow(inode, fresh)

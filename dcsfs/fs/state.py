@@ -80,8 +80,13 @@ class Content:
     layer: Layer
     frozen: "FrozenInode"
     foreign_changes: int
-    """The inode's count when this was planned: its map must not have changed since."""
+    """The inode's count when this was planned."""
     extents: list[PlannedExtent] = field(default_factory=list)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the inode's map has changed since this was planned."""
+        return self.inode.rows is None or self.inode.foreign_changes != self.foreign_changes
 
 
 @dataclass(slots=True)

@@ -184,16 +184,16 @@ class Writeback:
                     await self._commit(batch)
                     self._volume.queue.popleft()
             except Refused as refused:
-                if isinstance(refused.error, QuotaExceeded) and not _has_lost_content(batch):
-                    await self._back_off(refused.error, delay)  # what is on the nodes stays there
-                    delay = min(2 * delay, RETRY_LAST_S)
-                    continue
-                batch.prepared = None
                 is_repeated = refused.operation == refused_before
                 refused_before = refused.operation
-                if is_repeated or not await self._settled(batch, refused):
+                if not is_repeated and await self._settled(batch, refused):
+                    batch.prepared = None
+                else:
                     refused_before = None
-                    await self._back_off(refused, delay)
+                    if _must_be_prepared_anew(batch, refused.operation):
+                        batch.prepared = None
+                    is_known = isinstance(refused.error, QuotaExceeded)
+                    await self._back_off(refused.error if is_known else refused, delay)
                     delay = min(2 * delay, RETRY_LAST_S)
                 self._announce()
                 continue
@@ -476,8 +476,7 @@ class Writeback:
         attributes = content.frozen.attributes
         if self._volume.is_shared:
             attributes = inode.attributes  # what others have set since is in it
-        is_outdated = inode.rows is None or inode.foreign_changes != content.foreign_changes
-        rows = _new_rows(content) if not is_outdated else []
+        rows = _new_rows(content) if not content.is_outdated else []
         sealed = Sealed(
             inode.number, inode.generation, inode.kind, attributes,
             inode.content_version + 1, size, extentmap.map_root(rows),
@@ -495,7 +494,7 @@ class Writeback:
             inode.key.seal(self._client.bucket_id, sealed),
             inode.seal,
         )
-        if is_outdated:
+        if content.is_outdated:
             raise Refused(operation, PreconditionFailed("its extent map has changed meanwhile"))
         return operation
 
@@ -597,11 +596,17 @@ class Writeback:
                     inode.seal = operation.seal
 
 
-def _has_lost_content(batch: Batch) -> bool:
-    """Whether something that was sent need not be committed any more: its file is gone or empty."""
-    assert batch.prepared is not None
+def _must_be_prepared_anew(batch: Batch, refused: m.Operation) -> bool:
+    """Whether what is on the nodes cannot be committed; else it stays there and is not sent again.
+
+    That is so when its file is gone or empty now, or a segment was refused.
+    """
+    if batch.prepared is None or isinstance(refused, m.PutSegment | m.PutInline):
+        return True
     return any(
-        content.inode.is_reaped or _is_cut_later(content.inode, content.layer)
+        content.is_outdated
+        or content.inode.is_reaped
+        or _is_cut_later(content.inode, content.layer)
         for content in batch.prepared.contents
     )
 

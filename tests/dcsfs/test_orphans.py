@@ -7,12 +7,22 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from dcsfs.fs.mounted import close_session
 from dcsfs.uplink.client import open_bucket
 from network import messages as m
 from network.errors import NotFound
 from network.limits import ORPHAN_INTERVAL_S
 from satellite import orphans
-from tests.dcsfs.test_filesystem import bucket_world, grant_for, mounted, write_file
+from satellite.metabase import inodes
+from tests.dcsfs.test_filesystem import (
+    CALLER,
+    bucket_world,
+    grant_for,
+    mounted,
+    read_file,
+    write_file,
+)
+from tests.dcsfs.test_quota import set_quota
 from tests.dcsfs.test_shared import cuttable, until
 
 DATA = bytes(range(256)) * 1000
@@ -129,3 +139,64 @@ async def test_a_database_that_fails_once_ends_nothing(tmp_path, autojump_clock,
         await trio.sleep(4 * ORPHAN_INTERVAL_S)
         assert failures
         assert not await is_there(m1, inode.number)
+
+
+async def test_staged_content_of_a_file_that_others_removed_outlives_the_return_of_the_lease(
+    tmp_path, autojump_clock
+):
+    async with bucket_world(tmp_path) as world:
+        async with mounted(world, tmp_path) as m1:
+            root = m1.filesystem.root.number
+            async with mounted(world, tmp_path, "other") as m2:
+                await trio.sleep(2)
+                await set_quota(world, 100_000)
+                inode = await write_file(m1.filesystem, root, b"f", DATA)
+                handle, _ = await m1.filesystem.create(root, b"open", 0o644, os.O_RDWR, CALLER)
+                await m1.filesystem.write(handle, 0, DATA)
+                m1.writeback.demand()
+                await until(lambda: m1.writeback.refusal is not None)
+                for name in (b"f", b"open"):
+                    await m2.filesystem.unlink(root, name)
+                await close_session(m2)
+            await until(lambda: not m1.volume.is_shared)
+            sent = m1.client.counters.sent_bytes
+            await trio.sleep(120)
+            assert m1.client.counters.sent_bytes == sent
+            await set_quota(world, 0)
+            with trio.fail_after(60):
+                await m1.drain()
+            assert not m1.writeback.conflicts.notes
+            assert bytes(await m1.filesystem.read(handle, 0, len(DATA))) == DATA
+            assert await is_there(m1, inode.number)
+            await close_session(m1)
+        assert await used_bytes(world) == 0
+
+
+async def test_staged_content_of_a_file_that_is_gone_is_kept_beside(tmp_path, autojump_clock):
+    async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as mount:
+        fs, root = mount.filesystem, mount.filesystem.root.number
+        inode = await write_file(fs, root, b"f", b"old")
+        await mount.drain()
+        await write_file(fs, root, b"other", DATA)
+        handle = await fs.open(inode.number, os.O_WRONLY)
+        await fs.write(handle, 0, DATA)
+        fs.release(handle)
+
+        def remove(tx):
+            tx.execute("DELETE FROM dentry WHERE child=?", (inode.number,))
+            tx.execute("UPDATE inode SET nlink=0 WHERE inode=?", (inode.number,))
+            [(bucket_id,)] = tx.all("SELECT bucket_id FROM bucket", ())
+            inodes.reap(tx, bucket_id, inode.number)
+
+        await world.database.write(remove)  # no mount can: by hand, or an old backup of it
+        with trio.fail_after(60):
+            await mount.drain()
+        names = [entry.name for entry in await fs.directories.read(root)]
+        copy = next(name for name in names if name.startswith(b"f (conflict"))
+        assert await read_file(fs, await fs.directories.lookup(root, copy)) == DATA
+        await close_session(mount)
+        async with mounted(world, tmp_path, "fresh") as fresh:
+            found = [entry.name for entry in await fresh.filesystem.directories.read(root)]
+            assert sorted(found) == [copy, b"other"]
+            again = await fresh.filesystem.directories.lookup(root, copy)
+            assert await read_file(fresh.filesystem, again) == DATA

@@ -152,6 +152,38 @@ async def test_second_mount_sees_committed_view_while_content_is_staged(tmp_path
             assert await content(m2, b"old") == b"second"
 
 
+async def test_who_waits_for_older_content_sends_its_own_once(
+    tmp_path, autojump_clock, monkeypatch
+):
+    async with bucket_world(tmp_path) as world, mounted(world, tmp_path) as m1:
+        await save(m1, b"f", b"first")
+        await m1.drain()
+        older, newer = os.urandom(300_000), os.urandom(200_000)
+
+        async def fail(*_):
+            raise Unavailable("the nodes of this side are away")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(m1.client, "upload_segment", fail)
+            await save(m1, b"f", older)
+            async with mounted(world, tmp_path, "other") as m2:
+                fs = m2.filesystem
+                inode = await fs.directories.lookup(fs.root.number, b"f")
+                handle = await fs.open(inode.number, os.O_WRONLY)
+                await fs.write(handle, 0, newer)
+                m2.writeback.demand()
+                await until(lambda: "another session has staged" in m2.writeback.last_error)
+                sent = m2.client.counters.sent_bytes
+                await trio.sleep(120)
+                assert m2.client.counters.sent_bytes == sent
+                patch.undo()
+                await m1.drain()
+                await m2.drain()
+                fs.release(handle)
+                merged = newer + older[len(newer) :]
+                assert await content(m1, b"f") == await content(m2, b"f") == merged
+
+
 async def test_changes_are_seen_by_the_other_mount_at_once(tmp_path, autojump_clock):
     async with (
         bucket_world(tmp_path) as world,
