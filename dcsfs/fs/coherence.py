@@ -61,8 +61,12 @@ class KernelCaches(Protocol):
     async def drop(self, numbers: Sequence[int]) -> None:
         """Forget attributes and pages of inodes."""
 
-    async def drop_all(self) -> None:
-        """Forget every name, attribute and page."""
+    async def drop_all(self, *, then: Callable[[], None]) -> None:
+        """Forget every name, attribute and page.
+
+        `then` is called before the first checkpoint, once it is listed what there is to forget:
+        what the kernel knows is known from the volume's memory.
+        """
 
 
 class NoKernel:
@@ -71,8 +75,9 @@ class NoKernel:
     async def drop(self, numbers: Sequence[int]) -> None:
         """See KernelCaches."""
 
-    async def drop_all(self) -> None:
+    async def drop_all(self, *, then: Callable[[], None]) -> None:
         """See KernelCaches."""
+        then()
 
 
 class Coherence:
@@ -249,9 +254,8 @@ class Coherence:
                 await self._writeback.next_progress()
         if stream is not self._stream or not self._volume.is_shared:
             return
-        self._volume.forget_everything()
         with trio.move_on_after(KERNEL_ALL_DEADLINE_S):
-            await self.kernel.drop_all()
+            await self.kernel.drop_all(then=self._volume.forget_everything)
         self._is_vouched = True
         self._ping_now.set()
 
@@ -273,7 +277,7 @@ class Coherence:
                     await self._start_over()
                     return
                 with trio.move_on_after(KERNEL_ALL_DEADLINE_S):
-                    await self.kernel.drop_all()
+                    await self.kernel.drop_all(then=lambda: None)  # what is known here is right
                 self._is_vouched = True
                 self._ping_now.set()
             if not volume.has_backlog and self._stream is not None:

@@ -73,7 +73,7 @@ class FuseKernelCaches:
         """See KernelCaches."""
         await self._run([self._forget_inode(n) for n in dict.fromkeys(numbers) if self._known(n)])
 
-    async def drop_all(self) -> None:
+    async def drop_all(self, *, then: Callable[[], None]) -> None:
         """See KernelCaches."""
         inodes = self._fs.volume.inodes
         numbers = [*inodes, *self._fs.volume.parted]
@@ -84,6 +84,7 @@ class FuseKernelCaches:
             for dentry in directory.children.values()
             if self._known(dentry.child) and (CAN_EXPIRE_NAMES or not _is_directory(dentry))
         ]
+        then()
         await self._run(calls)
         if not CAN_EXPIRE_NAMES:
             await trio.sleep(DIRECTORY_NAME_TIMEOUT_S)

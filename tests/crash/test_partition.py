@@ -78,3 +78,42 @@ def test_random_schedule_with_partitions(small_net, tmp_path, seed):
     for mount, link in zip(mounts, links, strict=True):
         mount.umount()
         link.close()
+
+
+def test_names_the_kernel_had_under_a_lease_that_was_lost(small_net):
+    net, bucket = small_net, small_net.bucket("lostnames")
+    satellite = net.status()["satellite"]["address"].rpartition("@")[2].split(":")
+    link = Link((satellite[0], int(satellite[1])))
+    mount, other = Mount(net, bucket), Mount(net, bucket, "-b")
+    mount.grant = net.grant_through(link.port)
+    mount.mount()
+    for name in ("replaced", "removed"):
+        (mount.point / name).write_bytes(b"old")
+    (mount.point / "directory").mkdir()
+    (mount.point / "directory" / "inside").write_bytes(b"old")
+    mount.sync()
+    wanted = snapshot(mount.point)
+    link.is_cut = True
+    other.mount()  # takes the lease after the recall's deadline
+    assert snapshot(other.point) == wanted
+    (other.point / "new").write_bytes(b"new")
+    (other.point / "new").rename(other.point / "replaced")
+    (other.point / "removed").unlink()
+    (other.point / "directory").rename(other.point / "elsewhere")
+    link.is_cut = False
+    until = time.monotonic() + 40
+
+    def is_seen():  # without listing the directory, which would tell the kernel
+        return (
+            (mount.point / "replaced").read_bytes() == b"new"
+            and not (mount.point / "removed").exists()
+            and not (mount.point / "directory" / "inside").exists()
+        )
+
+    while not is_seen() and time.monotonic() < until:
+        time.sleep(0.2)
+    assert is_seen()
+    assert snapshot(mount.point) == snapshot(other.point)
+    for each in (mount, other):
+        each.umount()
+    link.close()

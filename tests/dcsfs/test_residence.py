@@ -359,8 +359,8 @@ async def test_on_a_shared_bucket_an_evicted_inode_is_invalidated_and_loaded_as_
             async def drop(self, numbers):
                 dropped.extend(numbers)
 
-            async def drop_all(self):
-                pass
+            async def drop_all(self, *, then):
+                then()
 
         second.coherence.kernel = Recording()
         one = Kernel(first, monkeypatch, limit=100)
