@@ -1,6 +1,7 @@
 """Two mounts of one bucket in two processes against one local directory: a random schedule."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -40,6 +41,20 @@ def snapshot(root):
             groups.setdefault(info.st_ino, []).append(key)
     same = sorted(sorted(group) for group in groups.values() if len(group) > 1)
     return found, same
+
+
+def by_path(root, paths):
+    """What names stand for, asked without a listing, which would tell the kernel anew."""
+    found = {}
+    for path in paths:
+        try:
+            info = os.lstat(root / path)
+            content = (root / path).read_bytes() if stat.S_ISREG(info.st_mode) else b""
+        except OSError as error:
+            found[path] = errno.errorcode[error.errno]
+            continue
+        found[path] = (info.st_mode, info.st_nlink, content)
+    return found
 
 
 def xattrs(path):
@@ -127,6 +142,7 @@ def test_random_schedule_with_stops_kills_and_returns(mount_of, net, tmp_path, s
     reference.mkdir()
     steps, chance = Steps(seed), random.Random(seed + 100)
     deadline = time.monotonic() + 100
+    paths = set()
     events = {40: "stop", 80: "kill", 120: "restart", 160: "umount"}
     for number in range(200):
         assert time.monotonic() < deadline, number
@@ -147,5 +163,8 @@ def test_random_schedule_with_stops_kills_and_returns(mount_of, net, tmp_path, s
             other.umount()
             other.mount()
         wanted = snapshot(reference)
+        paths |= set(wanted[0])
+        expected = by_path(reference, paths)
         for each in mounts:
+            assert by_path(each.point, paths) == expected, (number, kind, each.point)
             assert snapshot(each.point) == wanted, (number, kind, each.point)
