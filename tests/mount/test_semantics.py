@@ -585,10 +585,7 @@ def test_space(here, net):
 
 
 def test_quota(here, net):
-    """What does not fit in the quota is EDQUOT; overwriting what is there is always good.
-
-    On `-o exclusive` the kernel writes later, and close or fsync says ENOSPC.
-    """
+    """What does not fit in the quota is EDQUOT; overwriting what is there is always good."""
     bucket = net.bucket("quota")
     mount = Mount(net, bucket)
     net.satellite("quota", bucket, "4MiB")
@@ -604,11 +601,26 @@ def test_quota(here, net):
     (mount.point / "f").unlink()
     mount.sync()
     (mount.point / "g").write_bytes(b"more")
-    mount.umount()
-    exclusive = Mount(net, bucket)
-    exclusive.mount(",exclusive")
-    with raises(errno.ENOSPC), (exclusive.point / "h").open("wb") as handle:
-        handle.write(data)
-    (exclusive.point / "h").unlink()
-    exclusive.umount()
     assert "no limit" in net.satellite("quota", bucket, "none")
+    mount.umount()
+
+
+def test_quota_exclusive(here, net):
+    """With -o exclusive what does not fit in the quota is ENOSPC, at fsync or close."""
+    bucket = net.bucket("quota-exclusive")
+    net.satellite("quota", bucket, "4MiB")
+    mount = Mount(net, bucket)
+    mount.mount(",exclusive")
+    data = os.urandom(4 * MIB)
+    (mount.point / "f").write_bytes(data)
+    mount.sync()
+    with raises(errno.ENOSPC), (mount.point / "g").open("wb") as handle:
+        handle.write(data)
+    (mount.point / "g").unlink()
+    with (mount.point / "g").open("wb") as handle:
+        handle.write(data)
+        with raises(errno.ENOSPC):
+            os.fsync(handle.fileno())
+    (mount.point / "g").unlink()
+    assert (mount.point / "f").read_bytes() == data
+    mount.umount()
