@@ -25,6 +25,7 @@ WRITE = """
 ( while true; do dcsfs sync /tmp/mount; done ) >&2 &
 python tests/crash/writer.py /tmp/mount {seed} >{shared}/lines
 """
+WAIT = "sleep 1000\n"
 END = "dcsfs umount /tmp/mount && touch {shared}/ended\n"
 
 
@@ -46,12 +47,12 @@ def test_every_promise_outlives_the_power(machine):
     chosen, manifest = random.Random(11), Manifest()
     for number in range(ROUNDS):
         script = (MOUNT + WRITE).format(shared=machine.shared, seed=number, cache="cache")
-        machine.power_on(script)
         if number % 5 == 4:
-            # Before anything new is written: starting, replaying, mounting.
+            # While nothing new is written: starting, replaying, mounting.
+            machine.power_on(MOUNT.format(shared=machine.shared, cache="cache") + WAIT)
             threading.Event().wait(chosen.uniform(5, 25))
             machine.cut_power()
-            machine.power_on(script)
+        machine.power_on(script)
         manifest.compare(found_by(machine))
         count = chosen.randrange(2, 160)
         machine.wait_until(lambda at=count: len(lines_of(machine)) >= at, 200, f"{count} lines")
