@@ -16,6 +16,11 @@ from tests.mount.test_two_mounts import Steps, outcome, snapshot
 pytestmark = pytest.mark.crash
 
 
+def link_to_satellite(net):
+    host, _, port = net.status()["satellite"]["address"].rpartition("@")[2].partition(":")
+    return Link((host, int(port)))
+
+
 def outcome_of_reading(root):
     """Read everything; what cannot be had is EIO, and the answer comes in time."""
     started = time.monotonic()
@@ -39,8 +44,7 @@ def wait_for_sight_of(wanted, point, seconds):
 @pytest.mark.parametrize("seed", [1])
 def test_random_schedule_with_partitions(small_net, tmp_path, seed):
     net, bucket = small_net, small_net.bucket("parted")
-    satellite = net.status()["satellite"]["address"].rpartition("@")[2].split(":")
-    links = [Link((satellite[0], int(satellite[1]))) for _ in range(2)]
+    links = [link_to_satellite(net) for _ in range(2)]
     mounts = [Mount(net, bucket), Mount(net, bucket, "-b")]
     for mount, link in zip(mounts, links, strict=True):
         mount.grant = net.grant_through(link.port)
@@ -82,8 +86,7 @@ def test_random_schedule_with_partitions(small_net, tmp_path, seed):
 
 def test_names_the_kernel_had_under_a_lease_that_was_lost(small_net):
     net, bucket = small_net, small_net.bucket("lostnames")
-    satellite = net.status()["satellite"]["address"].rpartition("@")[2].split(":")
-    link = Link((satellite[0], int(satellite[1])))
+    link = link_to_satellite(net)
     mount, other = Mount(net, bucket), Mount(net, bucket, "-b")
     mount.grant = net.grant_through(link.port)
     mount.mount()
